@@ -1,0 +1,202 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * core.h - what the core's files share among themselves.  Not for callers: those include emu.h.
+ *
+ * Who owns what: region.c the struct and the registry, state.c the bytes, fault.c the way from a missing frame to a
+ * present one, sigbus.c and service.c the two callers of fault.c, guestcopy.c every access to guest memory,
+ * reclaim.c every way back.
+ */
+#ifndef EMU_CORE_H
+#define EMU_CORE_H
+
+#include <errno.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <sys/types.h>
+
+#include "emu.h"
+#include "uapi.h"
+
+/* Kept out of the sanitizer: vCPUs race on guest bytes by design, as real ones do. */
+#if defined(__SANITIZE_THREAD__)
+#define EMU_GUEST_BYTES __attribute__((no_sanitize_thread))
+#define EMU_SAVEMASK 1 /* TSan runs every handler with all signals blocked: the jump must restore the mask */
+#else
+#define EMU_GUEST_BYTES
+#define EMU_SAVEMASK 0
+#endif
+
+#define EMU_STRIPES 16
+#define EMU_WAITQS 64
+
+/* Counters. The first EMU_NR_STATES are gauges: frames in that state (a BUSY frame counts where it came from). */
+#define EMU_STATS(X)                                                                                                  \
+	X(nr_zero) X(nr_zeromap) X(nr_resident) X(nr_lazy) X(nr_busy) X(nr_lost)                                      \
+	X(pgfault) X(pgfault_write) X(pgfault_read) X(pgfault_lazy) X(pgfault_spurious) X(pgfault_lost)               \
+	X(pgfault_failed) X(busy_wait)                                                                                \
+	X(copy_frames) X(zeropage_frames) X(install_frames)                                                           \
+	X(discard_frames) X(discard_zeromap) X(discard_calls)                                                         \
+	X(lazyfree_frames) X(lazyfree_calls) X(lazydrop_frames) X(lazydrop_calls)                                     \
+	X(poison_frames) X(unpoison_frames)                                                                           \
+	X(uffd_eagain) X(uffd_eexist) X(service_batches) X(service_messages)                                          \
+	X(sigbus_rechained) X(ring_overflow)
+
+enum emu_stat {
+#define X(name) EMU_STAT_##name,
+	EMU_STATS(X)
+#undef X
+	EMU_NR_STATS
+};
+
+struct emu_stripe {
+	_Atomic int64_t n[EMU_NR_STATS];
+} __attribute__((aligned(128)));
+
+struct emu_waitq {
+	_Atomic uint32_t seq;
+	_Atomic uint32_t waiters;
+} __attribute__((aligned(64)));
+
+struct emu_ring;
+
+struct emu_region {
+	uint8_t *base;
+	uint64_t frames;
+	int uffd;
+	int service;
+	bool have_poison;  /* UFFD_FEATURE_POISON negotiated */
+	bool vectored;     /* process_madvise works on ourselves */
+	uint32_t fault_around;
+	int pagemap_fd;
+	int slot; /* in the registry */
+
+	uint8_t *tables; /* one lazily populated mapping: states, summary words, ring */
+	size_t tables_len;
+	_Atomic uint8_t *state;
+	_Atomic uint32_t *summary; /* a block's frames that aren't ZERO */
+	struct emu_ring *ring;
+
+	pthread_t thread;
+	bool have_thread;
+	int stop_fd;
+	_Atomic int dead;
+
+	struct emu_waitq waitq[EMU_WAITQS];
+	struct emu_stripe stripe[EMU_STRIPES];
+};
+
+/*
+ * A guard stands around each access to guest memory: where the handler goes when the frame can't be served.  It
+ * belongs to one thread and lives on its stack; nothing that a guarded section holds survives the jump, because a
+ * guarded section holds nothing.
+ */
+struct emu_guard {
+	sigjmp_buf env;
+	struct emu_region *region;
+	volatile int err;
+	volatile uint64_t gfn;
+};
+
+/*
+ * initial-exec: the SIGBUS handler reads it, and the default model of a dlopen'ed object may call malloc at a
+ * thread's first access.
+ */
+struct emu_thread {
+	struct emu_guard *_Atomic guard;
+	unsigned stripe; /* 0 = not chosen yet */
+	/* sigbus.c's loop limits */
+	uint64_t last_addr;
+	unsigned same_addr;
+	int chaining;
+	int let_go;
+};
+extern _Thread_local struct emu_thread emu_thread __attribute__((tls_model("initial-exec")));
+
+/* region.c */
+struct emu_region *emu_registry_get(uint64_t addr, uint64_t *gfn_ret);
+void emu_registry_put(struct emu_region *r);
+const uint8_t *emu_zero_source(void); /* EMU_BLOCK_FRAMES frames of zeros */
+static inline uint8_t *emu_frame(const struct emu_region *r, uint64_t gfn)
+{
+	return r->base + (gfn << EMU_FRAME_SHIFT);
+}
+static inline bool emu_range_ok(const struct emu_region *r, uint64_t gfn, uint64_t count)
+{
+	return gfn <= r->frames && count <= r->frames - gfn;
+}
+static inline int emu_ranges_check(const struct emu_region *r, const struct emu_range *ranges, size_t n)
+{
+	for (size_t i = 0; i < n; i++)
+		if (!emu_range_ok(r, ranges[i].gfn, ranges[i].count))
+			return -ERANGE;
+	return 0;
+}
+
+/* state.c */
+bool emu_state_legal(uint8_t from, uint8_t to, bool uffd);
+uint8_t emu_state_load(const struct emu_region *r, uint64_t gfn);
+bool emu_state_try(struct emu_region *r, uint64_t gfn, uint8_t from, uint8_t to);
+void emu_state_publish(struct emu_region *r, uint64_t gfn, uint8_t to); /* from BUSY, which the caller holds */
+void emu_state_wake(struct emu_region *r, uint64_t gfn, uint64_t count);
+void emu_state_wait(struct emu_region *r, uint64_t gfn);
+void emu_state_moved(struct emu_region *r, uint8_t from, uint8_t to, int64_t frames); /* the gauges */
+
+/* stats.c */
+void emu_stat_add(struct emu_region *r, enum emu_stat which, int64_t n);
+void emu_hist_add(struct emu_hist *h, uint64_t ns);
+void emu_hist_merge(struct emu_hist *into, const struct emu_hist *from);
+uint64_t emu_now_ns(void);
+
+/* ring.c */
+size_t emu_ring_bytes(void);
+void emu_ring_init(struct emu_ring *ring);
+void emu_ring_push(struct emu_region *r, int type, uint64_t gfn, uint64_t count, int arg);
+bool emu_ring_traces_faults(const struct emu_region *r);
+
+/* uffd.c */
+enum emu_fill { EMU_FILL_COPY, EMU_FILL_ZEROPAGE, EMU_FILL_POISON };
+int emu_uffd_fill(int fd, enum emu_fill how, uint64_t dst, const void *src, uint64_t len, bool wake, uint64_t *done,
+                  unsigned *eagain);
+/* The ioctl that emu_uffd_fill() calls; a test puts a kernel of its own here. */
+extern int (*emu_uffd_ioctl)(int fd, unsigned long request, void *arg);
+
+/* fault.c */
+int emu_fault_resolve(struct emu_region *r, uint64_t gfn, bool write);
+int emu_fault_fill(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t prior, bool write, const void *src,
+                   uint64_t *done);
+int64_t emu_fault_install(struct emu_region *r, uint64_t gfn, uint64_t count, const void *src);
+
+/* sigbus.c */
+void emu_sigbus_ensure(struct emu_region *r);
+void emu_sigbus_release(void);
+bool emu_sigbus_unblock(void); /* was blocked */
+void emu_sigbus_block(void);
+
+/* service.c */
+int emu_service_start(struct emu_region *r, int cpu);
+void emu_service_stop(struct emu_region *r);
+void emu_service_die(struct emu_region *r, int err);
+
+/* guestcopy.c */
+struct emu_walk {
+	struct emu_guard guard;
+	struct emu_region *r;
+	const struct emu_range *ranges;
+	size_t n;
+	int op;
+	uint64_t arg;
+	struct emu_hist *hist;
+	uint64_t skip, left; /* frames, in the ranges' order */
+	uint64_t *bad;
+	uint64_t bad_cap, bad_count;
+	uint64_t done;
+};
+int emu_guest_walk(struct emu_walk *w);
+
+/* reclaim.c */
+bool emu_advise_vectored_probe(void);
+int emu_lose(struct emu_region *r, uint64_t gfn, uint64_t count); /* empty frames held BUSY: make accesses fail */
+
+#endif

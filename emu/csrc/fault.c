@@ -1,0 +1,170 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * fault.c - the one resolver: from a frame's state to the page that a fault gets.
+ *
+ * Two callers, one body: sigbus.c calls it in the thread that faulted, service.c in a thread of ours.  It looks at
+ * the frame's byte, and
+ *
+ *   ZERO      claims the frame and installs: the shared zero page for a read (no memory), a page of its own for a
+ *             write at once (zero page first and copy-on-write next would be two faults)
+ *   LAZY      the same: a fault there says that the kernel has dropped the page
+ *   BUSY      waits, then looks again
+ *   RESIDENT, nothing: the fault was raised before another thread's install, and the access will go through.  The
+ *   ZEROMAP   caller counts how often that happens to one address in a row
+ *   LOST      refuses: the access must fail, never see zeros
+ *
+ * Race: two vCPUs fault on one frame.  Both signals (or both messages) are real; one claim wins, the loser waits on
+ * BUSY and then finds the frame present.  Race: discard against a fault.  A discard holds BUSY over its madvise, so
+ * the fault sees either the old page still there (it never faulted), or waits and then fills a ZERO frame; no install
+ * can come between the madvise and the byte, which would leave a resident page marked ZERO.
+ *
+ * Async-signal-safe from end to end: ioctl, futex, atomics.
+ */
+#include "core.h"
+
+/*
+ * Frames [gfn, gfn + count) are BUSY, taken by us from `prior`.  Install src (NULL: zeros) and publish them all; the
+ * return is 0, or the error of frame gfn + *done, from which on all went back to `prior`.
+ *
+ * A page that is there already stays as it is: for ZERO that means somebody touched the memory behind our back, for
+ * LAZY that the kernel hadn't dropped it after all.  A fault is content with it; with src it ends the run as EEXIST,
+ * since that frame doesn't hold src.
+ *
+ * Sleepers (thread service) aren't woken here: the caller does that once the books are done.  If the ioctl woke
+ * them, a vCPU could return to its caller and read counters that don't have its fault yet.
+ */
+int emu_fault_fill(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t prior, bool write, const void *src,
+                   uint64_t *done)
+{
+	const enum emu_fill how = write ? EMU_FILL_COPY : EMU_FILL_ZEROPAGE;
+	const uint8_t filled = write ? EMU_RESIDENT : EMU_ZEROMAP;
+	const uint8_t *from = src ? src : emu_zero_source();
+	const uint64_t start = gfn, end = gfn + count;
+	unsigned eagain = 0;
+	int err = 0;
+
+	while (gfn < end) {
+		uint64_t bytes, n;
+
+		err = emu_uffd_fill(r->uffd, how, (uintptr_t)emu_frame(r, gfn), from, (end - gfn) << EMU_FRAME_SHIFT,
+		                    false, &bytes, &eagain);
+		n = bytes >> EMU_FRAME_SHIFT;
+		for (uint64_t g = gfn; g < gfn + n; g++)
+			emu_state_publish(r, g, filled);
+		emu_state_moved(r, prior, filled, (int64_t)n);
+		if (prior == EMU_LAZY && n)
+			emu_stat_add(r, EMU_STAT_lazydrop_frames, (int64_t)n);
+		emu_stat_add(r, src ? EMU_STAT_install_frames : write ? EMU_STAT_copy_frames : EMU_STAT_zeropage_frames,
+		             (int64_t)n);
+		gfn += n;
+		if (src)
+			from += bytes;
+		if (err == -EEXIST) {
+			uint8_t there = prior == EMU_LAZY ? EMU_LAZY : EMU_RESIDENT;
+
+			emu_stat_add(r, EMU_STAT_uffd_eexist, 1);
+			emu_state_publish(r, gfn, there);
+			emu_state_moved(r, prior, there, 1);
+			if (!src) {
+				gfn++;
+				err = 0;
+				continue;
+			}
+			for (uint64_t g = gfn + 1; g < end; g++)
+				emu_state_publish(r, g, prior);
+			break;
+		}
+		if (err) {
+			for (uint64_t g = gfn; g < end; g++)
+				emu_state_publish(r, g, prior);
+			break;
+		}
+	}
+	*done = gfn - start;
+	if (eagain)
+		emu_stat_add(r, EMU_STAT_uffd_eagain, eagain);
+	emu_state_wake(r, start, count);
+	return err;
+}
+
+/* Claim ZERO frames around gfn, which is ours already, inside its aligned window. */
+static void claim_around(struct emu_region *r, uint64_t gfn, uint64_t *first, uint64_t *end)
+{
+	uint64_t lo = gfn & ~(uint64_t)(r->fault_around - 1);
+	uint64_t hi = lo + r->fault_around;
+
+	if (hi > r->frames)
+		hi = r->frames;
+	*first = gfn;
+	*end = gfn + 1;
+	while (*first > lo && emu_state_load(r, *first - 1) == EMU_ZERO &&
+	       emu_state_try(r, *first - 1, EMU_ZERO, EMU_BUSY))
+		--*first;
+	while (*end < hi && emu_state_load(r, *end) == EMU_ZERO && emu_state_try(r, *end, EMU_ZERO, EMU_BUSY))
+		++*end;
+}
+
+/* Returns 0 when the access may be tried again, else -errno: it can't succeed. */
+int emu_fault_resolve(struct emu_region *r, uint64_t gfn, bool write)
+{
+	for (;;) {
+		uint8_t state = emu_state_load(r, gfn);
+		uint64_t first = gfn, end = gfn + 1, done;
+		int err;
+
+		switch (state) {
+		case EMU_BUSY:
+			emu_state_wait(r, gfn);
+			continue;
+		case EMU_RESIDENT:
+		case EMU_ZEROMAP:
+			emu_stat_add(r, EMU_STAT_pgfault_spurious, 1);
+			return 0;
+		case EMU_LOST:
+			emu_stat_add(r, EMU_STAT_pgfault_lost, 1);
+			emu_ring_push(r, EMU_EV_LOST_FAULT, gfn, 1, write);
+			return -EHWPOISON;
+		default:
+			break;
+		}
+		if (!emu_state_try(r, gfn, state, EMU_BUSY))
+			continue;
+		if (state == EMU_LAZY)
+			emu_stat_add(r, EMU_STAT_pgfault_lazy, 1);
+		else if (r->fault_around > 1)
+			claim_around(r, gfn, &first, &end);
+		err = emu_fault_fill(r, first, end - first, state, write, NULL, &done);
+		if (err && first + done <= gfn) { /* else the error is a neighbour's, which can fault for itself */
+			emu_stat_add(r, EMU_STAT_pgfault_failed, 1);
+			return err;
+		}
+		emu_stat_add(r, EMU_STAT_pgfault, 1);
+		emu_stat_add(r, write ? EMU_STAT_pgfault_write : EMU_STAT_pgfault_read, 1);
+		if (emu_ring_traces_faults(r))
+			emu_ring_push(r, EMU_EV_FAULT, gfn, done, write);
+		return 0;
+	}
+}
+
+/*
+ * Frames from gfn on, as many in a row as are ZERO, get the pages at src without a fault.  Returns how many now hold
+ * src (0: the first one isn't missing, write it), or -errno if there were none for a reason.
+ */
+int64_t emu_fault_install(struct emu_region *r, uint64_t gfn, uint64_t count, const void *src)
+{
+	uint64_t n = 0, done;
+	int err;
+
+	if (r->uffd < 0)
+		return 0;
+	if (count > EMU_BLOCK_FRAMES)
+		count = EMU_BLOCK_FRAMES;
+	while (n < count && emu_state_load(r, gfn + n) == EMU_ZERO && emu_state_try(r, gfn + n, EMU_ZERO, EMU_BUSY))
+		n++;
+	if (!n)
+		return 0;
+	err = emu_fault_fill(r, gfn, n, EMU_ZERO, true, src, &done);
+	if (r->service == EMU_SERVICE_THREAD)
+		emu_uffd_wake(r->uffd, (uintptr_t)emu_frame(r, gfn), n << EMU_FRAME_SHIFT);
+	return done || err == -EEXIST ? (int64_t)done : err;
+}

@@ -1,0 +1,230 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * region.c - a guest RAM as the core holds it, and the registry by which a fault finds its region.
+ *
+ * The memory is mapped by the caller (Python's mmap) and lent to us until emu_region_close().  Our tables (a state
+ * byte a frame, a summary word a block, the event ring) lie in one lazily populated mapping: a 1 TiB guest has
+ * 257 MiB of them and pays for the pages that its faults touch.
+ *
+ * The registry is read by the SIGBUS handler, so it takes no lock: a slot is claimed and cleared by storing one
+ * pointer, and a reader holds the slot by a reference count while it uses the region.
+ *
+ * Close against a fault under way.  emu_region_close() clears the slot and then waits for its references.  The
+ * reader raises the count and then *re-reads* the pointer, both sequentially consistent: either it sees NULL and lets
+ * go, or close sees the count.  A thread that goes on touching lent memory after close gets the former handler's
+ * SIGBUS, or a fault on an unmapped page; both are loud.
+ */
+#define _GNU_SOURCE
+#include "core.h"
+
+#include <fcntl.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define MAX_REGIONS 1024
+
+static struct registry_slot {
+	_Atomic(struct emu_region *) region;
+	_Atomic uint64_t start, end;
+	_Atomic int refs;
+} registry[MAX_REGIONS];
+static _Atomic int registry_high;                               /* slots ever used */
+static pthread_mutex_t registry_lock = PTHREAD_MUTEX_INITIALIZER; /* guards claiming; never taken by a handler */
+static int regions_open;                                        /* under registry_lock */
+
+struct emu_region *emu_registry_get(uint64_t addr, uint64_t *gfn_ret)
+{
+	int high = atomic_load_explicit(&registry_high, memory_order_acquire);
+
+	for (int i = 0; i < high; i++) {
+		struct registry_slot *slot = &registry[i];
+		struct emu_region *r;
+
+		if (addr < atomic_load_explicit(&slot->start, memory_order_relaxed) ||
+		    addr >= atomic_load_explicit(&slot->end, memory_order_relaxed))
+			continue;
+		atomic_fetch_add(&slot->refs, 1);
+		r = atomic_load(&slot->region);
+		if (r && addr >= (uintptr_t)r->base && addr - (uintptr_t)r->base < r->frames << EMU_FRAME_SHIFT) {
+			*gfn_ret = (addr - (uintptr_t)r->base) >> EMU_FRAME_SHIFT;
+			return r;
+		}
+		atomic_fetch_sub(&slot->refs, 1);
+	}
+	return NULL;
+}
+
+void emu_registry_put(struct emu_region *r)
+{
+	atomic_fetch_sub(&registry[r->slot].refs, 1);
+}
+
+static int registry_add(struct emu_region *r)
+{
+	int err = -ENOSPC;
+
+	pthread_mutex_lock(&registry_lock);
+	for (int i = 0; i < MAX_REGIONS; i++) {
+		if (atomic_load(&registry[i].region) || atomic_load(&registry[i].refs))
+			continue;
+		r->slot = i;
+		atomic_store(&registry[i].start, (uintptr_t)r->base);
+		atomic_store(&registry[i].end, (uintptr_t)r->base + (r->frames << EMU_FRAME_SHIFT));
+		atomic_store(&registry[i].region, r);
+		if (i >= atomic_load(&registry_high))
+			atomic_store_explicit(&registry_high, i + 1, memory_order_release);
+		regions_open++;
+		err = 0;
+		break;
+	}
+	pthread_mutex_unlock(&registry_lock);
+	return err;
+}
+
+static void registry_remove(struct emu_region *r)
+{
+	struct registry_slot *slot = &registry[r->slot];
+
+	pthread_mutex_lock(&registry_lock);
+	atomic_store(&slot->region, NULL);
+	while (atomic_load(&slot->refs))
+		sched_yield();
+	atomic_store(&slot->start, 0);
+	atomic_store(&slot->end, 0);
+	if (!--regions_open)
+		emu_sigbus_release(); /* leave the process's SIGBUS as it was found */
+	pthread_mutex_unlock(&registry_lock);
+}
+
+/* One read-only mapping of zero pages for the life of the process: it costs page-table entries and no memory. */
+static const uint8_t *zero_source;
+
+static void zero_source_map(void)
+{
+	size_t len = (size_t)EMU_BLOCK_FRAMES << EMU_FRAME_SHIFT;
+	uint8_t *p = mmap(NULL, len, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (p == MAP_FAILED)
+		return;
+	madvise(p, len, MADV_NOHUGEPAGE);
+	/* Present now: UFFDIO_COPY reads its source with faults off first, and drops its locks to retry. */
+	for (size_t i = 0; i < len; i += EMU_FRAME_SIZE)
+		(void)*(volatile uint8_t *)(p + i);
+	zero_source = p;
+}
+
+const uint8_t *emu_zero_source(void)
+{
+	return zero_source;
+}
+
+int emu_region_open(void *base, uint64_t frames, const struct emu_region_options *o, struct emu_region **ret)
+{
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+	uint64_t blocks = (frames + EMU_BLOCK_FRAMES - 1) / EMU_BLOCK_FRAMES;
+	size_t ring_at, summary_at;
+	struct emu_region *r;
+	int err;
+
+	if (!frames || (uintptr_t)base % EMU_FRAME_SIZE || frames > UINT64_MAX >> (EMU_FRAME_SHIFT + 1))
+		return -EINVAL;
+	if (!o->fault_around || o->fault_around > EMU_BLOCK_FRAMES || (o->fault_around & (o->fault_around - 1)))
+		return -EINVAL;
+	pthread_once(&once, zero_source_map);
+	if (!zero_source)
+		return -ENOMEM;
+	r = aligned_alloc(128, (sizeof(*r) + 127) / 128 * 128);
+	if (!r)
+		return -ENOMEM;
+	memset(r, 0, sizeof(*r));
+	r->base = base;
+	r->frames = frames;
+	r->service = o->service;
+	r->uffd = o->service == EMU_SERVICE_OFF ? -1 : o->uffd;
+	r->have_poison = o->poison && !(o->disable & EMU_NO_POISON);
+	r->vectored = !(o->disable & EMU_NO_PROCESS_MADVISE) && emu_advise_vectored_probe();
+	r->fault_around = o->fault_around;
+	r->stop_fd = -1;
+
+	ring_at = 0;
+	summary_at = (emu_ring_bytes() + 4095) & ~(size_t)4095;
+	r->tables_len = summary_at + ((blocks * sizeof(*r->summary) + 4095) & ~(size_t)4095) + frames;
+	r->tables = mmap(NULL, r->tables_len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (r->tables == MAP_FAILED) {
+		err = -errno;
+		goto out_free;
+	}
+	madvise(r->tables, r->tables_len, MADV_NOHUGEPAGE); /* 2 MiB of states would be a 2 GiB guest's */
+	madvise(r->tables, r->tables_len, MADV_DONTFORK);
+	r->ring = (struct emu_ring *)(r->tables + ring_at);
+	emu_ring_init(r->ring);
+	r->summary = (_Atomic uint32_t *)(r->tables + summary_at);
+	r->state = (_Atomic uint8_t *)(r->tables + r->tables_len - frames);
+	r->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC); /* -1: lazy_drop asks mincore */
+
+	err = registry_add(r);
+	if (err)
+		goto out_unmap;
+	emu_sigbus_ensure(r);
+	if (r->service == EMU_SERVICE_THREAD) {
+		err = emu_service_start(r, o->service_cpu);
+		if (err)
+			goto out_registry;
+	}
+	*ret = r;
+	return 0;
+
+out_registry:
+	registry_remove(r);
+out_unmap:
+	munmap(r->tables, r->tables_len);
+	if (r->pagemap_fd >= 0)
+		close(r->pagemap_fd);
+out_free:
+	free(r);
+	return err;
+}
+
+/*
+ * The caller has refused new calls and seen the last one return.  What may still run is a handler for a raw access
+ * (the registry waits for it) and, with the thread service, sleepers on a missing frame: the service drains what was
+ * queued before it stops, since closing a uffd under a sleeping thread hands that thread a page of zeros.
+ */
+int emu_region_close(struct emu_region *r)
+{
+	emu_service_stop(r);
+	registry_remove(r);
+	if (r->uffd >= 0)
+		emu_uffd_unregister(r->uffd, (uintptr_t)r->base, r->frames << EMU_FRAME_SHIFT);
+	munmap(r->tables, r->tables_len);
+	if (r->pagemap_fd >= 0)
+		close(r->pagemap_fd);
+	free(r);
+	return 0;
+}
+
+int emu_region_dead(struct emu_region *r)
+{
+	return atomic_load(&r->dead);
+}
+
+int emu_region_vectored(struct emu_region *r)
+{
+	return r->vectored;
+}
+
+int64_t emu_region_table_bytes(struct emu_region *r)
+{
+	struct emu_residency res;
+	int64_t pages;
+
+	/* present, less the shared zero page that reading an unpopulated table maps */
+	if (!emu_residency_scan((uintptr_t)r->tables, (r->tables_len + 4095) & ~(size_t)4095, &res))
+		pages = res.present - res.zeropage;
+	else
+		pages = emu_residency_mincore((uintptr_t)r->tables, (r->tables_len + 4095) & ~(size_t)4095);
+	return (pages < 0 ? 0 : pages << EMU_FRAME_SHIFT) + (int64_t)sizeof(*r);
+}

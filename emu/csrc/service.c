@@ -1,0 +1,217 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * service.c - the thread fault service: for kernels without UFFD_FEATURE_SIGBUS, and for faults that a signal can't
+ * serve.
+ *
+ * One thread polls the uffd and a stop descriptor.  It reads up to BATCH messages at once, sorts them by address,
+ * drops duplicates (N vCPUs on one page are N messages), merges neighbours of one kind into runs, resolves each run with
+ * one ioctl, does the books, and then wakes the sleepers with another.  What one message alone needs (BUSY, LAZY, LOST) goes through the
+ * same resolver as the inline service.
+ *
+ * A fault that can't be served (no memory) poisons its frame: the access raises SIGBUS and the guarded copy returns
+ * an error.  If the thread itself can't go on, it poisons all that is missing, wakes everybody, and every later call
+ * fails: a sleeper must never be left asleep, nor handed zeros by a closed descriptor.
+ *
+ * Where the thread runs decides its speed by a factor of six (10 us a fault on the faulting thread's core, 60 us on
+ * another one that must be woken), so it can be pinned, once, at its start; there is no affinity call per fault.
+ */
+#define _GNU_SOURCE
+#include "core.h"
+
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#define BATCH 64
+
+struct fault {
+	uint64_t gfn;
+	bool write;
+};
+
+static int by_gfn(const void *a, const void *b)
+{
+	const struct fault *x = a, *y = b;
+
+	return x->gfn < y->gfn ? -1 : x->gfn > y->gfn;
+}
+
+/* Frames held BUSY for which there is no page: make every access to them fail from now on. */
+static void refuse(struct emu_region *r, uint64_t gfn)
+{
+	uint8_t state = emu_state_load(r, gfn);
+
+	while (state == EMU_ZERO || state == EMU_LAZY) {
+		if (emu_state_try(r, gfn, state, EMU_BUSY)) {
+			emu_lose(r, gfn, 1);
+			emu_state_publish(r, gfn, EMU_LOST);
+			emu_state_moved(r, state, EMU_LOST, 1);
+			emu_state_wake(r, gfn, 1);
+			emu_ring_push(r, EMU_EV_POISON, gfn, 1, 0);
+			break;
+		}
+		state = emu_state_load(r, gfn);
+	}
+}
+
+static void serve_one(struct emu_region *r, uint64_t gfn, bool write)
+{
+	int err = emu_fault_resolve(r, gfn, write);
+
+	if (err)
+		refuse(r, gfn);
+	emu_uffd_wake(r->uffd, (uintptr_t)emu_frame(r, gfn), EMU_FRAME_SIZE);
+}
+
+static void serve(struct emu_region *r, struct fault *faults, size_t n)
+{
+	size_t kept = 0;
+
+	qsort(faults, n, sizeof(*faults), by_gfn);
+	for (size_t i = 0; i < n; i++) {
+		if (kept && faults[kept - 1].gfn == faults[i].gfn)
+			faults[kept - 1].write |= faults[i].write; /* the page of a writer serves a reader too */
+		else
+			faults[kept++] = faults[i];
+	}
+	for (size_t i = 0; i < kept;) {
+		size_t run = 0;
+		uint64_t done;
+
+		/* fault_around has its own window: one at a time then */
+		while (r->fault_around == 1 && i + run < kept && faults[i + run].gfn == faults[i].gfn + run &&
+		       faults[i + run].write == faults[i].write &&
+		       emu_state_load(r, faults[i + run].gfn) == EMU_ZERO &&
+		       emu_state_try(r, faults[i + run].gfn, EMU_ZERO, EMU_BUSY))
+			run++;
+		if (!run) {
+			serve_one(r, faults[i].gfn, faults[i].write);
+			i++;
+			continue;
+		}
+		emu_fault_fill(r, faults[i].gfn, run, EMU_ZERO, faults[i].write, NULL, &done);
+		emu_stat_add(r, EMU_STAT_pgfault, (int64_t)done);
+		emu_stat_add(r, faults[i].write ? EMU_STAT_pgfault_write : EMU_STAT_pgfault_read, (int64_t)done);
+		if (done && emu_ring_traces_faults(r))
+			emu_ring_push(r, EMU_EV_FAULT, faults[i].gfn, done, faults[i].write);
+		if (done)
+			emu_uffd_wake(r->uffd, (uintptr_t)emu_frame(r, faults[i].gfn), done << EMU_FRAME_SHIFT);
+		/* what failed is ZERO again: once more, each for itself, and refuse what can't be had */
+		for (i += done, run -= done; run; i++, run--)
+			serve_one(r, faults[i].gfn, faults[i].write);
+	}
+}
+
+/* Returns 0 when there is nothing more to read, else -errno. */
+static int drain(struct emu_region *r)
+{
+	struct uffd_msg msgs[BATCH];
+	struct fault faults[BATCH];
+
+	for (;;) {
+		int bytes = emu_uffd_read(r->uffd, msgs, sizeof(msgs));
+		size_t n = 0;
+
+		if (bytes == -EAGAIN || bytes == -EINTR)
+			return 0;
+		if (bytes <= 0)
+			return bytes ? bytes : -EIO;
+		for (size_t i = 0; i < (size_t)bytes / sizeof(msgs[0]); i++) {
+			const uint64_t base = (uintptr_t)r->base;
+
+			/* no event was asked for, and no other range is registered */
+			if (msgs[i].event != UFFD_EVENT_PAGEFAULT || msgs[i].arg.pagefault.address < base)
+				continue;
+			faults[n].gfn = (msgs[i].arg.pagefault.address - base) >> EMU_FRAME_SHIFT;
+			faults[n].write = msgs[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WRITE;
+			if (faults[n].gfn < r->frames)
+				n++;
+		}
+		emu_stat_add(r, EMU_STAT_service_batches, 1);
+		emu_stat_add(r, EMU_STAT_service_messages, (int64_t)n);
+		serve(r, faults, n);
+	}
+}
+
+/* The service can't go on: whatever is missing fails from now on, loudly. */
+void emu_service_die(struct emu_region *r, int err)
+{
+	atomic_store(&r->dead, err);
+	emu_ring_push(r, EMU_EV_SERVICE_DIED, 0, 0, err);
+	for (uint64_t gfn = 0; gfn < r->frames; gfn++)
+		refuse(r, gfn);
+	emu_uffd_wake(r->uffd, (uintptr_t)r->base, r->frames << EMU_FRAME_SHIFT);
+}
+
+static void *service(void *arg)
+{
+	struct emu_region *r = arg;
+	struct pollfd fds[2] = { { .fd = r->uffd, .events = POLLIN }, { .fd = r->stop_fd, .events = POLLIN } };
+	int err = 0;
+
+	while (!err) {
+		if (poll(fds, 2, -1) < 0) {
+			err = errno == EINTR ? 0 : errno;
+			continue;
+		}
+		if (fds[0].revents & (POLLERR | POLLHUP | POLLNVAL))
+			err = EBADF;
+		else if (fds[0].revents & POLLIN)
+			err = -drain(r);
+		else if (fds[1].revents) /* stop only when no fault is waiting */
+			return NULL;
+	}
+	emu_service_die(r, err);
+	return NULL;
+}
+
+int emu_service_start(struct emu_region *r, int cpu)
+{
+	sigset_t all, old;
+	int err;
+
+	r->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (r->stop_fd < 0)
+		return -errno;
+	/* the program's signals are for its own threads */
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &old);
+	err = pthread_create(&r->thread, NULL, service, r);
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	if (err) {
+		close(r->stop_fd);
+		r->stop_fd = -1;
+		return -err;
+	}
+	r->have_thread = true;
+	pthread_setname_np(r->thread, "emu-fault");
+	if (cpu >= 0) {
+		cpu_set_t set;
+
+		CPU_ZERO(&set);
+		CPU_SET((size_t)cpu, &set);
+		err = pthread_setaffinity_np(r->thread, sizeof(set), &set);
+		if (err) {
+			emu_service_stop(r);
+			return -err;
+		}
+	}
+	return 0;
+}
+
+void emu_service_stop(struct emu_region *r)
+{
+	uint64_t one = 1;
+
+	if (!r->have_thread)
+		return;
+	while (write(r->stop_fd, &one, sizeof(one)) < 0 && errno == EINTR)
+		;
+	pthread_join(r->thread, NULL);
+	close(r->stop_fd);
+	r->have_thread = false;
+	r->stop_fd = -1;
+}

@@ -1,0 +1,267 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * sigbus.c - the inline fault service, and how it shares SIGBUS with everybody else.
+ *
+ * With UFFD_FEATURE_SIGBUS the kernel raises SIGBUS in the thread that touched a missing frame.  Our handler finds the
+ * region, resolves the fault and returns; the access is then made again.  No other thread, no wake-up, no lock: it
+ * works for a thread that holds Python's GIL, and it scales as the vCPUs do.
+ *
+ * A signal has one handler in a process, so we share:
+ *
+ *  - A SIGBUS that isn't a guest's goes to the handlers that were there before, newest first.  `formers` is that
+ *    chain; the last one is what we found at the very first installation.
+ *  - A handler installed over ours later (faulthandler.enable() in a pytest plugin) would take the next guest fault for
+ *    a crash.  So every call that touches guest memory checks, with one sigaction(2), that the signal is still ours,
+ *    and if it isn't, puts the newcomer on top of `formers` and itself back in front.
+ *  - Handlers that were on the chain may have been disabled since and simply return.  The access then faults again
+ *    at once: after FOREIGN_TRIES at one address the next older one is asked, and at the end the default kills.
+ *  - faulthandler's handler re-raises: it restores what it replaced and calls raise().  Two cases reach us as a signal
+ *    with si_code <= 0.  (1) We called it ourselves for a foreign fault: `chaining` is set, the next older one is
+ *    asked.  (2) It sat on top of us and took a guest's fault from a raw access (no call of ours came between to put
+ *    us back): the fault is still pending, and returning is right, since the access comes again and then reaches
+ *    us.  raise() tells no address, so case 2 is recognised by the alternate stack that faulthandler runs on, or by
+ *    there being no older handler than the default; a second signal without a fault in between is passed on.
+ *
+ * A thread with SIGBUS blocked would be killed by the kernel at its first guest fault (force_sig_fault resets a blocked
+ * signal to the default).  So guestcopy.c's entry points unblock it for their duration; a raw access from such a thread
+ * through unsafe_view() still dies, loudly.
+ *
+ * Handler hygiene: everything read here is atomic or thread-local with the initial-exec model; errno is saved; no
+ * SA_ONSTACK (alternate stacks are small, and belong to faulthandler); SA_NODEFER and an empty mask, so that the jump
+ * out (siglongjmp with savemask 0) needs no system call to restore anything.  si_code can't tell missing from poisoned
+ * (both are BUS_ADRERR): the state byte does.
+ */
+#define _GNU_SOURCE
+#include "core.h"
+
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#define MAX_FORMERS 8
+#define FOREIGN_TRIES 16
+#define SPURIOUS_TRIES 100000
+
+/* An immutable snapshot of the chain, newest last. Snapshots are kept and reused, never freed: a handler may hold one. */
+struct formers {
+	struct formers *next;
+	int n;
+	struct sigaction action[MAX_FORMERS];
+};
+
+static _Atomic(struct formers *) formers;
+static struct formers *all_formers;                         /* under lock */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* serialises installation; never taken by the handler */
+
+static void on_sigbus(int sig, siginfo_t *si, void *context);
+
+static bool is_ours(const struct sigaction *action)
+{
+	return (action->sa_flags & SA_SIGINFO) && action->sa_sigaction == on_sigbus;
+}
+
+int emu_sigbus_is_ours(void)
+{
+	struct sigaction now;
+
+	return !sigaction(SIGBUS, NULL, &now) && is_ours(&now);
+}
+
+static bool is_function(const struct sigaction *action)
+{
+	return (action->sa_flags & SA_SIGINFO) || (action->sa_handler != SIG_DFL && action->sa_handler != SIG_IGN);
+}
+
+static bool same_action(const struct sigaction *a, const struct sigaction *b)
+{
+	return a->sa_flags == b->sa_flags && a->sa_handler == b->sa_handler;
+}
+
+/* The chain with `top` as its newest: its earlier place, if it had one, is given up. Under lock. */
+static struct formers *formers_with(const struct formers *old, const struct sigaction *top)
+{
+	struct formers want = { .n = 0 };
+	struct formers *f;
+
+	/* A default on top says that whoever was above has taken everything down with it. */
+	for (int i = 0; old && is_function(top) && i < old->n && want.n < MAX_FORMERS - 1; i++)
+		if (!same_action(&old->action[i], top))
+			want.action[want.n++] = old->action[i];
+	want.action[want.n++] = *top;
+	for (f = all_formers; f; f = f->next) {
+		int i = 0;
+
+		while (f->n == want.n && i < f->n && same_action(&f->action[i], &want.action[i]))
+			i++;
+		if (f->n == want.n && i == f->n)
+			return f;
+	}
+	f = malloc(sizeof(*f));
+	if (!f)
+		return NULL;
+	*f = want;
+	f->next = all_formers;
+	all_formers = f;
+	return f;
+}
+
+/* Called by every entry point that touches guest memory: one system call when nothing has changed. */
+void emu_sigbus_ensure(struct emu_region *r)
+{
+	struct sigaction now;
+	struct sigaction ours = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_NODEFER };
+
+	if (emu_sigbus_is_ours())
+		return;
+	pthread_mutex_lock(&lock);
+	if (!sigaction(SIGBUS, NULL, &now) && !is_ours(&now)) {
+		struct formers *f = formers_with(atomic_load(&formers), &now);
+
+		if (f) {
+			atomic_store(&formers, f); /* before the handler can need it */
+			sigemptyset(&ours.sa_mask);
+			sigaction(SIGBUS, &ours, NULL);
+			if (r)
+				emu_stat_add(r, EMU_STAT_sigbus_rechained, 1);
+		}
+	}
+	pthread_mutex_unlock(&lock);
+}
+
+/* The last region is closed: put the newest former handler back, unless somebody sits above us. */
+void emu_sigbus_release(void)
+{
+	struct sigaction now;
+	struct formers *f;
+
+	pthread_mutex_lock(&lock);
+	f = atomic_load(&formers);
+	if (f && !sigaction(SIGBUS, NULL, &now) && is_ours(&now)) {
+		sigaction(SIGBUS, &f->action[f->n - 1], NULL);
+		atomic_store(&formers, NULL);
+	}
+	pthread_mutex_unlock(&lock);
+}
+
+bool emu_sigbus_unblock(void)
+{
+	sigset_t bus, old;
+
+	sigemptyset(&bus);
+	sigaddset(&bus, SIGBUS);
+	return !pthread_sigmask(SIG_UNBLOCK, &bus, &old) && sigismember(&old, SIGBUS) == 1;
+}
+
+void emu_sigbus_block(void)
+{
+	sigset_t bus;
+
+	sigemptyset(&bus);
+	sigaddset(&bus, SIGBUS);
+	pthread_sigmask(SIG_BLOCK, &bus, NULL);
+}
+
+/* Hand the signal to handler number `depth` from the newest; past the oldest, the default: death by SIGBUS. */
+static void chain(int sig, siginfo_t *si, void *context, int depth)
+{
+	struct formers *f = atomic_load(&formers);
+	int i = f ? f->n - 1 - depth : -1;
+
+	if (i < 0 || !is_function(&f->action[i])) {
+		struct sigaction dfl = { .sa_handler = SIG_DFL };
+
+		if (i >= 0 && f->action[i].sa_handler == SIG_IGN && si->si_code <= 0)
+			return; /* a sent SIGBUS that the program ignores; a fault can't be ignored */
+		sigemptyset(&dfl.sa_mask);
+		sigaction(sig, &dfl, NULL);
+		if (si->si_code <= 0)
+			raise(sig);
+		return; /* a fault comes again by itself, now to the default */
+	}
+	emu_thread.chaining = depth + 1;
+	if (f->action[i].sa_flags & SA_SIGINFO)
+		f->action[i].sa_sigaction(sig, si, context);
+	else
+		f->action[i].sa_handler(sig);
+	emu_thread.chaining = 0;
+}
+
+static bool is_write(const ucontext_t *context)
+{
+#if defined(__x86_64__)
+	return context->uc_mcontext.gregs[REG_ERR] & 2; /* arch/x86 page fault error code, X86_PF_WRITE */
+#else
+	(void)context;
+	return true; /* costs a page where a zero page would do; loses nothing */
+#endif
+}
+
+/* Another thread may have moved the thread-local counters on only by being this thread: they need no atomics. */
+static bool loops(uint64_t addr, unsigned limit)
+{
+	if (emu_thread.last_addr != addr) {
+		emu_thread.last_addr = addr;
+		emu_thread.same_addr = 0;
+	}
+	return ++emu_thread.same_addr > limit;
+}
+
+static void on_sigbus(int sig, siginfo_t *si, void *context)
+{
+	const int saved_errno = errno;
+	const ucontext_t *uc = context;
+
+	if (si->si_code > 0) {
+		uint64_t addr = (uintptr_t)si->si_addr, gfn = 0;
+		struct emu_region *r = emu_registry_get(addr, &gfn);
+
+		emu_thread.let_go = 0;
+		if (r) {
+			struct emu_guard *guard = atomic_load_explicit(&emu_thread.guard, memory_order_relaxed);
+			int64_t before = atomic_load_explicit(&r->state[gfn], memory_order_relaxed);
+			/* with the thread service, only a poisoned frame raises a signal (or memory that failed) */
+			bool ours = r->service == EMU_SERVICE_INLINE || before == EMU_LOST || before == EMU_BUSY;
+			int err = ours ? emu_fault_resolve(r, gfn, is_write(uc)) : -EFAULT;
+
+			/*
+			 * A fault on a frame that we hold present, again and again: the page was taken behind our back
+			 * (a stray madvise on the mapping), or the host's memory failed.  Serving zeros would hide the
+			 * loss.  Every real install in between changes the state seen, and starts the count again.
+			 */
+			if (!err && (before == EMU_RESIDENT || before == EMU_ZEROMAP)) {
+				if (loops(addr, SPURIOUS_TRIES))
+					err = -EFAULT;
+			} else if (!err) {
+				emu_thread.same_addr = 0;
+			}
+			if (err && guard && guard->region == r) {
+				emu_registry_put(r);
+				guard->err = err;
+				guard->gfn = gfn;
+				errno = saved_errno;
+				siglongjmp(guard->env, 1);
+			}
+			emu_registry_put(r);
+			if (!err) {
+				errno = saved_errno;
+				return;
+			}
+		}
+		loops(addr, 0);
+		chain(sig, si, context, emu_thread.chaining + (int)((emu_thread.same_addr - 1) / FOREIGN_TRIES));
+	} else if (emu_thread.chaining) {
+		chain(sig, si, context, emu_thread.chaining);
+	} else {
+		struct formers *f = atomic_load(&formers);
+		bool nested = uc->uc_stack.ss_flags == 1 /* SS_ONSTACK */ || !f || !is_function(&f->action[f->n - 1]);
+
+		if (nested && si->si_code == SI_TKILL && si->si_pid == getpid() && !emu_thread.let_go++) {
+			errno = saved_errno;
+			return;
+		}
+		chain(sig, si, context, 0);
+	}
+	errno = saved_errno;
+}

@@ -1,0 +1,160 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * state.c - one byte a frame: what the frame holds, and who may change it.
+ *
+ * The byte changes in two ways only.  A frame at rest is taken by compare-and-swap; whoever takes it into BUSY owns
+ * it, does what must be done with the page, and publishes the new state with a release store.  So there is no lock,
+ * and a frame's history is a chain of exchanges that each saw the one before.
+ *
+ *                 fault, install                        discard, lazy_drop that dropped
+ *      ZERO ------> BUSY ------> RESIDENT | ZEROMAP ------> BUSY ------> ZERO
+ *                                RESIDENT | ZEROMAP | LAZY ---> BUSY ---> LAZY      lazy_free
+ *                                ZEROMAP ------> RESIDENT                           a write: no fault, no BUSY
+ *                                anything at rest ---> BUSY ---> LOST ---> BUSY ---> ZERO     poison, unpoison
+ *
+ * Rules of BUSY:
+ *  - it is short (a batch of at most 1,024 frames, one system call) and its holder never touches a guest frame: the
+ *    fault that it could take would wait for itself;
+ *  - its holder never waits for another BUSY frame.  Two discards over the same frames in different order would
+ *    wait for each other;
+ *  - who meets BUSY waits and then *reads the byte again*: nothing learned before the wait is worth anything.
+ *
+ * Waiting: futexes are 32 bits wide and states are 8, so waiters sleep on a sequence word of their block's queue.
+ * The waiter announces itself, reads seq, reads the state again, sleeps if it is still BUSY; the holder publishes,
+ * then looks for waiters.  Both sides have a full barrier between their store and their load (as in Dekker's
+ * algorithm), so either the waiter sees the new state or the holder sees the waiter; and if the holder's increment
+ * came between the waiter's read of seq and its sleep, FUTEX_WAIT returns at once.
+ *
+ * The summary word of a 2 MiB block counts its frames that aren't ZERO.  It goes up after ZERO -> BUSY and down
+ * before BUSY -> ZERO is published, so a block whose word is 0 holds nothing that any finished call put there.
+ */
+#include "core.h"
+
+#include <assert.h>
+#include <linux/futex.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define BIT(s) (1u << EMU_##s)
+static const uint32_t legal[EMU_NR_STATES] = {
+	[EMU_ZERO] = BIT(BUSY),
+	[EMU_ZEROMAP] = BIT(BUSY) | BIT(RESIDENT),
+	[EMU_RESIDENT] = BIT(BUSY),
+	[EMU_LAZY] = BIT(BUSY),
+	[EMU_BUSY] = BIT(ZERO) | BIT(ZEROMAP) | BIT(RESIDENT) | BIT(LAZY) | BIT(LOST),
+	[EMU_LOST] = BIT(BUSY),
+};
+/* Without userfaultfd no fault tells us: the access itself notes what it is about to do (guestcopy.c). */
+static const uint32_t legal_off[EMU_NR_STATES] = {
+	[EMU_ZERO] = BIT(RESIDENT) | BIT(ZEROMAP),
+};
+
+bool emu_state_legal(uint8_t from, uint8_t to, bool uffd)
+{
+	if (from >= EMU_NR_STATES || to >= EMU_NR_STATES)
+		return false;
+	return ((legal[from] | (uffd ? 0 : legal_off[from])) >> to) & 1;
+}
+
+uint8_t emu_state_load(const struct emu_region *r, uint64_t gfn)
+{
+	/* acquire: pairs with the release in publish; the page is installed before the byte says so */
+	return atomic_load_explicit(&r->state[gfn], memory_order_acquire);
+}
+
+static void summary_add(struct emu_region *r, uint64_t gfn, uint32_t n)
+{
+	atomic_fetch_add_explicit(&r->summary[gfn / EMU_BLOCK_FRAMES], n, memory_order_relaxed);
+}
+
+bool emu_state_try(struct emu_region *r, uint64_t gfn, uint8_t from, uint8_t to)
+{
+	assert(emu_state_legal(from, to, r->service != EMU_SERVICE_OFF));
+	if (!atomic_compare_exchange_strong_explicit(&r->state[gfn], &from, to, memory_order_acq_rel,
+	                                             memory_order_relaxed))
+		return false;
+	if (from == EMU_ZERO)
+		summary_add(r, gfn, 1);
+	return true;
+}
+
+void emu_state_publish(struct emu_region *r, uint64_t gfn, uint8_t to)
+{
+	assert(atomic_load_explicit(&r->state[gfn], memory_order_relaxed) == EMU_BUSY);
+	assert(emu_state_legal(EMU_BUSY, to, true));
+	if (to == EMU_ZERO)
+		summary_add(r, gfn, -1u);
+	atomic_store_explicit(&r->state[gfn], to, memory_order_release);
+}
+
+static long futex(_Atomic uint32_t *word, int op, uint32_t val)
+{
+	return syscall(SYS_futex, word, op | FUTEX_PRIVATE_FLAG, val, NULL, NULL, 0);
+}
+
+static struct emu_waitq *waitq(struct emu_region *r, uint64_t gfn)
+{
+	return &r->waitq[(gfn / EMU_BLOCK_FRAMES) % EMU_WAITQS];
+}
+
+/* After publishing frames [gfn, gfn + count). */
+void emu_state_wake(struct emu_region *r, uint64_t gfn, uint64_t count)
+{
+	uint64_t last = (gfn + count - 1) / EMU_BLOCK_FRAMES;
+
+	atomic_thread_fence(memory_order_seq_cst);
+	for (uint64_t block = gfn / EMU_BLOCK_FRAMES; block <= last; block++) {
+		struct emu_waitq *q = &r->waitq[block % EMU_WAITQS];
+
+		if (!atomic_load_explicit(&q->waiters, memory_order_relaxed))
+			continue;
+		atomic_fetch_add_explicit(&q->seq, 1, memory_order_seq_cst);
+		futex(&q->seq, FUTEX_WAKE, INT32_MAX);
+	}
+}
+
+/* Until gfn isn't BUSY, or at least has been something else meanwhile.  Async-signal-safe. */
+void emu_state_wait(struct emu_region *r, uint64_t gfn)
+{
+	struct emu_waitq *q = waitq(r, gfn);
+	uint32_t seq;
+
+	emu_stat_add(r, EMU_STAT_busy_wait, 1);
+	atomic_fetch_add_explicit(&q->waiters, 1, memory_order_seq_cst);
+	atomic_thread_fence(memory_order_seq_cst);
+	seq = atomic_load_explicit(&q->seq, memory_order_seq_cst);
+	if (emu_state_load(r, gfn) == EMU_BUSY)
+		futex(&q->seq, FUTEX_WAIT, seq);
+	atomic_fetch_sub_explicit(&q->waiters, 1, memory_order_relaxed);
+}
+
+void emu_state_moved(struct emu_region *r, uint8_t from, uint8_t to, int64_t frames)
+{
+	if (from == to || !frames)
+		return;
+	emu_stat_add(r, (enum emu_stat)(EMU_STAT_nr_zero + from), -frames);
+	emu_stat_add(r, (enum emu_stat)(EMU_STAT_nr_zero + to), frames);
+}
+
+int emu_states_copy(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret)
+{
+	if (!emu_range_ok(r, gfn, count))
+		return -ERANGE;
+	for (uint64_t end = gfn + count; gfn < end;) {
+		uint64_t next = (gfn / EMU_BLOCK_FRAMES + 1) * EMU_BLOCK_FRAMES;
+
+		if (next > end)
+			next = end;
+		/* an all-ZERO block's bytes may never have been populated: don't make them resident by looking */
+		if (!atomic_load_explicit(&r->summary[gfn / EMU_BLOCK_FRAMES], memory_order_acquire)) {
+			memset(ret, EMU_ZERO, next - gfn);
+			ret += next - gfn;
+			gfn = next;
+			continue;
+		}
+		for (; gfn < next; gfn++)
+			*ret++ = emu_state_load(r, gfn);
+	}
+	return 0;
+}

@@ -1,0 +1,317 @@
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "harness.h"
+
+#include <signal.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define FOR_EACH_SERVICE(rig, frames, around)                                                                         \
+	for (int s_ = 0, ran_ = 0; s_ <= 3; s_++)                                                                     \
+		if (s_ == 3) {                                                                                        \
+			if (ran_ < 2)                                                                                 \
+				return SKIPPED;                                                                       \
+		} else if ((rig = rig_open(frames, services[s_], around, 0)) && ++ran_)
+
+static int a_read_costs_no_memory_and_a_write_one_page(void)
+{
+	struct rig *rig;
+
+	FOR_EACH_SERVICE (rig, 1024, 1) {
+		CHECK_EQ(rig_run(rig, EMU_TOUCH_READ, 0, 100, 0, 1, NULL), 0);
+		CHECK_EQ(rig_rss(rig), 0);
+		CHECK_EQ(rig_stat(rig, "nr_zeromap"), 100);
+		CHECK_EQ(rig_run(rig, EMU_TOUCH_WRITE, 50, 100, 0, 1, NULL), 0);
+		CHECK_EQ(rig_rss(rig), 100);
+		CHECK_EQ(rig_stat(rig, "nr_zeromap"), 50);
+		CHECK_EQ(rig_stat(rig, "nr_resident"), 100);
+		CHECK_EQ(rig_stat(rig, "pgfault_read"), 100);
+		CHECK_EQ(rig_stat(rig, "pgfault_write"), 50); /* the other 50 were copy-on-write: no fault of ours */
+		rig_check_books(rig);
+		rig_close(rig);
+	}
+	return 0;
+}
+
+static int content_survives_and_a_torn_frame_is_found(void)
+{
+	struct rig *rig;
+	uint64_t bad;
+
+	FOR_EACH_SERVICE (rig, 2048, 1) {
+		uint64_t word;
+		struct emu_progress p;
+
+		CHECK_EQ(rig_run(rig, EMU_FILL, 10, 1500, 7, 3, NULL), 0);
+		CHECK_EQ(rig_run(rig, EMU_VERIFY, 10, 1500, 7, 3, &bad), 0);
+		CHECK_EQ(bad, 0);
+		CHECK_EQ(rig_run(rig, EMU_VERIFY, 10, 1500, 8, 1, &bad), 0);
+		CHECK_EQ(bad, 1500);
+		CHECK_EQ(emu_guest_read(rig->r, 700 * 4096 + 4088, &word, 8, &p), 0);
+		word ^= 1;
+		CHECK_EQ(emu_guest_write(rig->r, 700 * 4096 + 4088, &word, 8, &p), 0);
+		CHECK_EQ(rig_run(rig, EMU_VERIFY, 10, 1500, 7, 2, &bad), 0);
+		CHECK_EQ(bad, 1);
+		CHECK_EQ(rig_rss(rig), 1500);
+		rig_check_books(rig);
+		rig_close(rig);
+	}
+	return 0;
+}
+
+static int fault_around_fills_its_aligned_window_only(void)
+{
+	struct rig *rig;
+
+	for (int s = 1; s < 3; s++) {
+		rig = rig_open(1000, services[s], 16, 0);
+		if (!rig)
+			return SKIPPED;
+		CHECK_EQ(rig_run(rig, EMU_TOUCH_WRITE, 37, 1, 0, 1, NULL), 0);
+		CHECK_EQ(rig_rss(rig), 16);
+		CHECK_EQ(emu_state_load(rig->r, 32), EMU_RESIDENT);
+		CHECK_EQ(emu_state_load(rig->r, 47), EMU_RESIDENT);
+		CHECK_EQ(emu_state_load(rig->r, 31), EMU_ZERO);
+		CHECK_EQ(emu_state_load(rig->r, 48), EMU_ZERO);
+		CHECK_EQ(rig_run(rig, EMU_TOUCH_WRITE, 999, 1, 0, 1, NULL), 0); /* the last window is cut by the end */
+		CHECK_EQ(rig_rss(rig), 16 + 8);
+		CHECK_EQ(rig_stat(rig, "pgfault"), 2);
+		rig_check_books(rig);
+		rig_close(rig);
+	}
+	return 0;
+}
+
+static int missing_frames_are_installed_not_faulted(void)
+{
+	struct rig *rig;
+	uint8_t *buf = malloc(64 * 4096), *back = malloc(64 * 4096);
+	uint64_t gfns[64];
+
+	for (int i = 0; i < 64 * 4096; i++)
+		buf[i] = (uint8_t)(i * 7 + i / 4096);
+	for (int i = 0; i < 64; i++)
+		gfns[i] = (uint64_t)(i < 32 ? 100 + i : 300 - i); /* a run, and 32 single ones in descending order */
+	FOR_EACH_SERVICE (rig, 512, 1) {
+		struct emu_progress p;
+
+		CHECK_EQ(rig_run(rig, EMU_FILL, 110, 5, 1, 1, NULL), 0); /* some are there already */
+		CHECK_EQ(rig_run(rig, EMU_TOUCH_READ, 120, 5, 1, 1, NULL), 0);
+		CHECK_EQ(emu_guest_install(rig->r, gfns, 64, buf, &p), 0);
+		CHECK_EQ(p.done, 64);
+		CHECK_EQ(rig_rss(rig), 64);
+		for (int i = 0; i < 64; i++) {
+			CHECK_EQ(emu_guest_read(rig->r, gfns[i] * 4096, back, 4096, &p), 0);
+			CHECK_EQ(memcmp(back, buf + i * 4096, 4096), 0);
+		}
+		if (rig->uffd >= 0) {
+			CHECK_EQ(rig_stat(rig, "install_frames"), 54);
+			CHECK_EQ(rig_stat(rig, "pgfault"), 10);
+		}
+		gfns[63] = 512;
+		CHECK_EQ(emu_guest_install(rig->r, gfns, 64, buf, &p), -ERANGE);
+		gfns[63] = 300 - 63;
+		rig_check_books(rig);
+		rig_close(rig);
+	}
+	free(buf);
+	free(back);
+	return 0;
+}
+
+static int a_lost_frame_stops_the_call_and_never_reads_as_zero(void)
+{
+	struct rig *rig;
+
+	FOR_EACH_SERVICE (rig, 256, 1) {
+		struct emu_range one = { 40, 1, 0 };
+		struct emu_progress p;
+		uint8_t buf[3 * 4096];
+		uint64_t bad;
+
+		memset(buf, 0xee, sizeof(buf));
+		CHECK_EQ(rig_run(rig, EMU_FILL, 30, 20, 3, 1, NULL), 0);
+		CHECK_EQ(emu_poison(rig->r, &one, 1), 1);
+		CHECK_EQ(rig_run(rig, EMU_VERIFY, 30, 20, 3, 1, &bad), -EHWPOISON);
+		CHECK_EQ(bad, 40);
+		CHECK_EQ(rig_run(rig, EMU_TOUCH_WRITE, 40, 1, 3, 1, &bad), -EHWPOISON);
+		CHECK_EQ(emu_guest_read(rig->r, 39 * 4096, buf, sizeof(buf), &p), -EHWPOISON);
+		CHECK_EQ(p.done, 4096);
+		CHECK_EQ(p.bad_gfn, 40);
+		CHECK_EQ(buf[4096], 0xee);
+		CHECK_EQ(emu_discard(rig->r, &one, 1), 0); /* never a side effect */
+		CHECK_EQ(emu_state_load(rig->r, 40), EMU_LOST);
+		CHECK_EQ(rig_stat(rig, "nr_lost"), 1);
+		CHECK_EQ(emu_unpoison(rig->r, &one, 1), 1);
+		CHECK_EQ(emu_guest_read(rig->r, 40 * 4096, buf, 1, &p), 0);
+		CHECK_EQ(buf[0], 0);
+		rig_check_books(rig);
+		rig_close(rig);
+	}
+	return 0;
+}
+
+/* Poison lands while the access is under way: the state was fine when note() looked, so only the jump can save it. */
+static int a_fault_on_a_lost_frame_jumps_out_of_the_access(void)
+{
+	struct rig *rig;
+
+	for (volatile int s = 1; s < 3; s++) {
+		struct emu_walk w;
+		struct emu_range range = { 0, 8, 0 };
+		uint64_t bad;
+
+		rig = rig_open(64, services[s], 1, 0);
+		if (!rig)
+			return SKIPPED;
+		CHECK_EQ(emu_poison(rig->r, &(struct emu_range){ 5, 1, 0 }, 1), 1);
+		/* the guarded raw load, as guestcopy.c would do it after its note() */
+		memset(&w, 0, sizeof(w));
+		w.guard.region = rig->r;
+		if (!sigsetjmp(w.guard.env, EMU_SAVEMASK)) {
+			atomic_store(&emu_thread.guard, &w.guard);
+			(void)*(volatile uint8_t *)emu_frame(rig->r, 5);
+			CHECK(!"the load went through");
+		}
+		atomic_store(&emu_thread.guard, NULL);
+		CHECK_EQ(w.guard.err, -EHWPOISON);
+		CHECK_EQ(w.guard.gfn, 5);
+		CHECK_EQ(rig_run(rig, EMU_TOUCH_READ, range.gfn, range.count, 0, 1, &bad), -EHWPOISON);
+		CHECK_EQ(bad, 5);
+		rig_close(rig);
+	}
+	return 0;
+}
+
+static int a_dead_service_fails_loudly(void)
+{
+	struct rig *rig = rig_open(600, EMU_SERVICE_THREAD, 1, 0);
+	uint64_t bad;
+
+	if (!rig)
+		return SKIPPED;
+	CHECK_EQ(rig_run(rig, EMU_FILL, 0, 10, 1, 1, NULL), 0);
+	emu_service_stop(rig->r);
+	emu_service_die(rig->r, EIO);
+	CHECK_EQ(emu_region_dead(rig->r), EIO);
+	CHECK_EQ(rig_run(rig, EMU_TOUCH_READ, 20, 1, 0, 1, &bad), -EOWNERDEAD);
+	CHECK_EQ(rig_stat(rig, "nr_lost"), 590);
+	CHECK_EQ(rig_stat(rig, "nr_resident"), 10);
+	rig_close(rig);
+	return 0;
+}
+
+static sigjmp_buf foreign_env;
+static volatile int foreign_seen;
+static void foreign(int sig, siginfo_t *si, void *context)
+{
+	(void)sig, (void)si, (void)context;
+	foreign_seen++;
+	siglongjmp(foreign_env, 1);
+}
+
+/* A SIGBUS of a file cut short must reach the handler that was there before us, and the one that came after. */
+static int foreign_sigbus_reaches_the_other_handler(void)
+{
+	FILE *file = tmpfile();
+	struct sigaction theirs = { .sa_sigaction = foreign, .sa_flags = SA_SIGINFO | SA_NODEFER }, before;
+	volatile uint8_t *cut;
+
+	CHECK_EQ(ftruncate(fileno(file), 4096), 0);
+	cut = mmap(NULL, 4096, PROT_READ, MAP_SHARED, fileno(file), 0);
+	CHECK_EQ(ftruncate(fileno(file), 0), 0);
+	for (int late = 0; late < 2; late++) {
+		struct rig *rig;
+
+		if (!late)
+			sigaction(SIGBUS, &theirs, &before);
+		rig = rig_open(64, EMU_SERVICE_INLINE, 1, 0);
+		if (!rig)
+			return SKIPPED;
+		if (late)
+			sigaction(SIGBUS, &theirs, &before);
+		CHECK_EQ(rig_run(rig, EMU_TOUCH_WRITE, 0, 64, 0, 1, NULL), 0); /* re-chains if late */
+		CHECK(emu_sigbus_is_ours());
+		CHECK_EQ(rig_rss(rig), 64);
+		foreign_seen = 0;
+		if (!sigsetjmp(foreign_env, 1))
+			(void)cut[0];
+		emu_thread.chaining = 0; /* their handler jumped out of ours */
+		CHECK_EQ(foreign_seen, 1);
+		rig_close(rig);
+		CHECK(!emu_sigbus_is_ours());
+		if (late)
+			sigaction(SIGBUS, &(struct sigaction){ .sa_handler = SIG_DFL }, NULL);
+		else
+			sigaction(SIGBUS, &before, NULL);
+	}
+	munmap((void *)(uintptr_t)cut, 4096);
+	fclose(file);
+	return 0;
+}
+
+static int a_thread_with_sigbus_blocked_is_served(void)
+{
+	struct rig *rig = rig_open(64, EMU_SERVICE_INLINE, 1, 0);
+	sigset_t bus, now;
+
+	if (!rig)
+		return SKIPPED;
+	sigemptyset(&bus);
+	sigaddset(&bus, SIGBUS);
+	pthread_sigmask(SIG_BLOCK, &bus, NULL);
+	CHECK_EQ(rig_run(rig, EMU_TOUCH_WRITE, 0, 64, 0, 2, NULL), 0);
+	CHECK_EQ(rig_rss(rig), 64);
+	pthread_sigmask(SIG_UNBLOCK, &bus, &now);
+	CHECK_EQ(sigismember(&now, SIGBUS), 1); /* left as it was found */
+	rig_close(rig);
+	return 0;
+}
+
+/* Memory taken behind our back must not come back as zeros: raw access dies by SIGBUS, a call returns an error. */
+static int a_stray_madvise_is_an_error_not_zeros(void)
+{
+	struct rig *rig = rig_open(64, EMU_SERVICE_INLINE, 1, 0);
+	uint64_t bad;
+	int status;
+	pid_t pid;
+
+	if (!rig)
+		return SKIPPED;
+	CHECK_EQ(rig_run(rig, EMU_FILL, 0, 64, 1, 1, NULL), 0);
+	CHECK_EQ(madvise(emu_frame(rig->r, 7), 4096, MADV_DONTNEED), 0);
+	CHECK_EQ(rig_run(rig, EMU_VERIFY, 0, 64, 1, 1, &bad), -EFAULT);
+	CHECK_EQ(bad, 7);
+	rig_close(rig);
+	pid = fork();
+	if (!pid) {
+		struct rig *mine = rig_open(64, EMU_SERVICE_INLINE, 1, 0);
+
+		if (!mine || rig_run(mine, EMU_FILL, 0, 64, 1, 1, NULL))
+			_exit(1);
+		madvise(emu_frame(mine->r, 7), 4096, MADV_DONTNEED);
+		signal(SIGBUS, SIG_DFL); /* sanitizers have a handler of their own under ours */
+		emu_sigbus_ensure(mine->r);
+		_exit(*(volatile uint8_t *)emu_frame(mine->r, 7));
+	}
+	CHECK_EQ(waitpid(pid, &status, 0), pid);
+	CHECK(WIFSIGNALED(status));
+	CHECK_EQ(WTERMSIG(status), SIGBUS);
+	return 0;
+}
+
+const struct test fault_tests[] = {
+	{ "fault: a read costs no memory and a write one page", a_read_costs_no_memory_and_a_write_one_page },
+	{ "fault: content survives and a torn frame is found", content_survives_and_a_torn_frame_is_found },
+	{ "fault: fault_around fills its aligned window only", fault_around_fills_its_aligned_window_only },
+	{ "fault: missing frames are installed, not faulted", missing_frames_are_installed_not_faulted },
+	{ "fault: a lost frame stops the call and never reads as zero", a_lost_frame_stops_the_call_and_never_reads_as_zero },
+	{ "fault: a fault on a lost frame jumps out of the access", a_fault_on_a_lost_frame_jumps_out_of_the_access },
+	{ "service: a dead service fails loudly", a_dead_service_fails_loudly },
+	{ "sigbus: a foreign SIGBUS reaches the other handler", foreign_sigbus_reaches_the_other_handler },
+	{ "sigbus: a thread with SIGBUS blocked is served", a_thread_with_sigbus_blocked_is_served },
+	{ "sigbus: a stray madvise is an error, not zeros", a_stray_madvise_is_an_error_not_zeros },
+	{ NULL, NULL },
+};

@@ -1,0 +1,174 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Real threads on one region: writers that own frames and check every byte of them, and reclaimers.
+ *
+ * Ownership is the guest's protocol: a frame given back is nobody's until its owner touches it again.  Each writer has
+ * its own frames, fills them, verifies, gives some back, and verifies that those read as zero.  Meanwhile touchers and
+ * reclaimers work on a common area without any protocol, where only the books must hold.
+ */
+#include "harness.h"
+
+#include <string.h>
+#include <time.h>
+
+enum { OWN = 512, WRITERS = 3, COMMON = 1024, FRAMES = WRITERS * OWN + COMMON };
+
+struct storm {
+	struct rig *rig;
+	_Atomic int stop;
+	_Atomic uint64_t rounds;
+};
+struct actor {
+	struct storm *storm;
+	int id;
+	uint64_t rng;
+};
+
+static uint64_t next(struct actor *a)
+{
+	a->rng ^= a->rng << 13;
+	a->rng ^= a->rng >> 7;
+	a->rng ^= a->rng << 17;
+	return a->rng;
+}
+
+static void *owner(void *arg)
+{
+	struct actor *a = arg;
+	struct rig *rig = a->storm->rig;
+	const uint64_t base = (uint64_t)a->id * OWN;
+
+	for (uint64_t round = 1; !atomic_load(&a->storm->stop); round++) {
+		uint64_t at = next(a) % OWN, n = 1 + next(a) % (OWN - at), bad;
+		struct emu_range range = { base + at, n, 0 };
+		uint8_t zero[4096], got[4096];
+		struct emu_progress p;
+
+		CHECK_EQ(rig_run(rig, EMU_FILL, base, OWN, round, 1, NULL), 0);
+		CHECK_EQ(rig_run(rig, EMU_VERIFY, base, OWN, round, 1, &bad), 0);
+		CHECK_EQ(bad, 0);
+		switch (next(a) % 3) {
+		case 0:
+			CHECK_EQ(emu_discard(rig->r, &range, 1), (int64_t)n);
+			memset(zero, 0, sizeof(zero));
+			CHECK_EQ(emu_guest_read(rig->r, (base + at) << 12, got, 4096, &p), 0);
+			CHECK_EQ(memcmp(zero, got, 4096), 0);
+			break;
+		case 1:
+			CHECK(emu_lazy_free(rig->r, &range, 1) >= (int64_t)n - 1);
+			break;
+		default:
+			CHECK(emu_lazy_drop(rig->r, &range, 1) >= 0);
+			break;
+		}
+		/* what wasn't given back is untouched */
+		if (at)
+			CHECK_EQ(rig_run(rig, EMU_VERIFY, base, at, round, 1, &bad), 0);
+		if (at)
+			CHECK_EQ(bad, 0);
+		atomic_fetch_add(&a->storm->rounds, 1);
+	}
+	return NULL;
+}
+
+static void *toucher(void *arg)
+{
+	struct actor *a = arg;
+
+	while (!atomic_load(&a->storm->stop)) {
+		uint64_t at = next(a) % COMMON, n = 1 + next(a) % (COMMON - at);
+
+		CHECK_EQ(rig_run(a->storm->rig, next(a) % 2 ? EMU_TOUCH_WRITE : EMU_TOUCH_READ, WRITERS * OWN + at, n, 0, 1,
+		                 NULL), 0);
+	}
+	return NULL;
+}
+
+static void *reclaimer(void *arg)
+{
+	struct actor *a = arg;
+	struct emu_region *r = a->storm->rig->r;
+
+	while (!atomic_load(&a->storm->stop)) {
+		struct emu_range ranges[8];
+		size_t n = 1 + next(a) % 8;
+
+		for (size_t i = 0; i < n; i++) {
+			ranges[i].gfn = WRITERS * OWN + next(a) % COMMON;
+			ranges[i].count = 1 + next(a) % (FRAMES - ranges[i].gfn);
+			if (ranges[i].count > 100)
+				ranges[i].count = 100;
+		}
+		switch (next(a) % 4) {
+		case 0:
+			CHECK(emu_lazy_free(r, ranges, n) >= 0);
+			break;
+		case 1:
+			CHECK(emu_lazy_drop(r, ranges, n) >= 0);
+			break;
+		default:
+			CHECK(emu_discard(r, ranges, n) >= 0);
+			break;
+		}
+	}
+	return NULL;
+}
+
+static int storm(int service, uint32_t fault_around, uint32_t disable)
+{
+	void *(*const bodies[])(void *) = { owner, owner, owner, toucher, toucher, reclaimer, reclaimer };
+	enum { N = sizeof(bodies) / sizeof(bodies[0]) };
+	const char *seconds = getenv("STORM");
+	struct storm s = { .rig = rig_open(FRAMES, service, fault_around, disable) };
+	double len = seconds ? atof(seconds) : 0.5;
+	struct actor actors[N];
+	pthread_t threads[N];
+
+	if (!s.rig)
+		return SKIPPED;
+	for (int i = 0; i < N; i++) {
+		actors[i] = (struct actor){ &s, i, 0x9e3779b97f4a7c15u * (uint64_t)(i + 1) };
+		CHECK_EQ(pthread_create(&threads[i], NULL, bodies[i], &actors[i]), 0);
+	}
+	nanosleep(&(struct timespec){ (time_t)len, (long)((len - (double)(time_t)len) * 1e9) }, NULL);
+	atomic_store(&s.stop, 1);
+	for (int i = 0; i < N; i++)
+		CHECK_EQ(pthread_join(threads[i], NULL), 0);
+	CHECK(atomic_load(&s.rounds) > 0);
+	rig_check_books(s.rig);
+	CHECK_EQ(emu_discard(s.rig->r, &(struct emu_range){ 0, FRAMES, 0 }, 1) >= 0, 1);
+	CHECK_EQ(rig_rss(s.rig), 0);
+	rig_check_books(s.rig);
+	rig_close(s.rig);
+	return 0;
+}
+
+static int storm_inline(void)
+{
+	return storm(EMU_SERVICE_INLINE, 1, 0);
+}
+static int storm_inline_around(void)
+{
+	return storm(EMU_SERVICE_INLINE, 16, EMU_NO_PROCESS_MADVISE);
+}
+static int storm_thread(void)
+{
+	return storm(EMU_SERVICE_THREAD, 1, 0);
+}
+static int storm_thread_around(void)
+{
+	return storm(EMU_SERVICE_THREAD, 16, 0);
+}
+static int storm_off(void)
+{
+	return storm(EMU_SERVICE_OFF, 1, 0);
+}
+
+const struct test storm_tests[] = {
+	{ "storm: inline", storm_inline },
+	{ "storm: inline, fault_around 16, no process_madvise", storm_inline_around },
+	{ "storm: thread", storm_thread },
+	{ "storm: thread, fault_around 16", storm_thread_around },
+	{ "storm: off", storm_off },
+	{ NULL, NULL },
+};
