@@ -1,0 +1,247 @@
+"""THE importer of the compiled core: handles, errno -> exceptions, close order, fork guard.
+
+Everything above calls the core through this file. A `Region` counts the calls under way, so that close() can refuse
+new ones, wait for those, and only then let go of the memory; it remembers its process, since a forked child has neither
+the memory (MADV_DONTFORK) nor the fault service.
+"""
+
+import errno
+import mmap
+import os
+import threading
+from array import array
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from emu._uffd import ffi, lib
+from emu.errors import (
+    BadValue,
+    ClosedError,
+    EmuError,
+    ForkedError,
+    GuestMemoryError,
+    HostError,
+    RangeError,
+    ServiceDeadError,
+    UffdError,
+)
+from emu.ranges import Ranges
+
+__all__ = ["DISABLE_NAMES", "Region", "address_of", "content", "disabled", "ffi", "lib"]
+
+# EMU_DISABLE / --disable: what may be switched off, so that each rung is tested with the higher one off.
+DISABLE_NAMES = {
+    "uffd": 0,
+    "full": lib.EMU_NO_FULL,
+    "syscall": lib.EMU_NO_SYSCALL,
+    "device": lib.EMU_NO_DEVICE,
+    "sigbus": 0,
+    "poison": lib.EMU_NO_POISON,
+    "process_madvise": lib.EMU_NO_PROCESS_MADVISE,
+    "pagemap_scan": 0,
+}
+
+
+def disabled(more: str | Iterable[str] = ()) -> frozenset[str]:
+    """Return what EMU_DISABLE and `more` switch off. Raises BadValue for a name that isn't known."""
+    names = set(os.environ.get("EMU_DISABLE", "").replace(" ", "").split(","))
+    names.update(more.replace(" ", "").split(",") if isinstance(more, str) else more)
+    names.discard("")
+    if unknown := names - DISABLE_NAMES.keys():
+        raise BadValue(f"can't disable {sorted(unknown)[0]!r}: known are {', '.join(DISABLE_NAMES)}")
+    return frozenset(names)
+
+
+def disable_mask(names: frozenset[str]) -> int:
+    """Return the core's bits for those names that it knows."""
+    mask = 0
+    for name in names:
+        mask |= DISABLE_NAMES[name]
+    return mask
+
+
+def address_of(mapping: mmap.mmap) -> tuple[int, Any]:
+    """Return a mapping's address, and the lease that keeps it open until released with ffi.release()."""
+    lease = ffi.from_buffer(mapping, require_writable=True)
+    return int(ffi.cast("uintptr_t", lease)), lease
+
+
+def content(seed: int, key: int) -> bytes:
+    """Return the 4096 bytes that a fill with this seed leaves in the frame with this key."""
+    words = ffi.new("uint64_t[512]")
+    lib.emu_content_words(seed & (1 << 64) - 1, key, words)
+    return bytes(ffi.buffer(words))
+
+
+class Region:
+    """One opened core region. Every method is one native call (GIL released), safe against close() from a thread."""
+
+    def __init__(
+        self,
+        base: int,
+        frames: int,
+        *,
+        uffd: int,
+        service: int,
+        poison: bool,
+        service_cpu: int,
+        fault_around: int,
+        disable: frozenset[str],
+    ) -> None:
+        self.frames = frames
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._calls = 0
+        self._closed = False
+        options = ffi.new("struct emu_region_options *")
+        options.uffd = uffd
+        options.service = service
+        options.poison = poison
+        options.service_cpu = service_cpu
+        options.fault_around = fault_around
+        options.disable = disable_mask(disable)
+        ret = ffi.new("struct emu_region **")
+        err = lib.emu_region_open(ffi.cast("void *", base), frames, options, ret)
+        if err:
+            hint = {
+                errno.ENOSPC: "at most 1024 guest RAMs can be open at once; close some",
+                errno.ENOMEM: "no address space for the tables (RLIMIT_AS, overcommit_memory=2?)",
+            }.get(-err, "")
+            raise UffdError(-err, "opening the region", hint=hint)
+        self._handle = ret[0]
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def check(self) -> None:
+        """Raise unless the region can be used by this process now."""
+        if os.getpid() != self._pid:
+            raise ForkedError(f"this guest RAM belongs to process {self._pid}; open another one in the child")
+        if self._closed:
+            raise ClosedError("this guest RAM is closed")
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        with self._lock:
+            self.check()
+            self._calls += 1
+        try:
+            return function(self._handle, *args)
+        finally:
+            with self._lock:
+                self._calls -= 1
+                if not self._calls:
+                    self._idle.notify_all()
+
+    def close(self) -> None:
+        """Refuse new calls, wait for those under way, stop the service, unregister. A second call does nothing.
+
+        In a forked child there is nothing of ours to undo.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if os.getpid() != self._pid:
+                return
+            while self._calls:
+                self._idle.wait()
+        lib.emu_region_close(self._handle)
+        self._handle = ffi.NULL
+
+    def _failed(self, err: int, progress: Any, *, unit: int = 1) -> EmuError:
+        if err == -errno.ERANGE:
+            return RangeError(f"outside the RAM, which has {self.frames} frames", frames=self.frames)
+        if err == -errno.EOWNERDEAD:
+            dead = os.strerror(self._call(lib.emu_region_dead))
+            return ServiceDeadError(f"the fault service has died ({dead}); its missing frames are poisoned: close the RAM")
+        if err == -errno.EINVAL:
+            return BadValue("the core refused the arguments")
+        if progress is None:
+            return HostError(f"the kernel refused to take memory back: {os.strerror(-err)}")
+        return GuestMemoryError(-err, int(progress.bad_gfn), int(progress.done) // unit)
+
+    # ---- guest access
+
+    def vcpu(self, op: int, ranges: Ranges, arg: int, threads: int, histogram: Any | None) -> list[int]:
+        """Run one vCPU operation; return the frames that verify found different."""
+        frames = ranges.frames
+        job = ffi.new("struct emu_vcpu_job *")
+        job.op = op
+        job.threads = threads
+        job.arg = arg & (1 << 64) - 1
+        job.hist = histogram if histogram is not None else ffi.NULL
+        bad = None
+        if op == lib.EMU_VERIFY:
+            bad = array("Q", bytes(8 * frames))
+            job.bad = ffi.from_buffer("uint64_t[]", bad)
+            job.bad_cap = frames
+        flat = ffi.from_buffer("struct emu_range[]", ranges.flat)
+        err = self._call(lib.emu_vcpu_run, flat, len(ranges), job)
+        if err:
+            raise self._failed(err, job.progress)
+        return list(bad[: job.bad_count]) if bad is not None else []
+
+    def read(self, gpa: int, n: int) -> bytearray:
+        buffer = bytearray(n)
+        progress = ffi.new("struct emu_progress *")
+        err = self._call(lib.emu_guest_read, gpa, ffi.from_buffer(buffer), n, progress)
+        if err:
+            raise self._failed(err, progress)
+        return buffer
+
+    def write(self, gpa: int, data: Any) -> None:
+        with memoryview(data).cast("B") as view, ffi.from_buffer(view) as buffer:
+            progress = ffi.new("struct emu_progress *")
+            err = self._call(lib.emu_guest_write, gpa, buffer, len(view), progress)
+        if err:
+            raise self._failed(err, progress)
+
+    def install(self, gfns: "array[int]", data: Any) -> None:
+        with memoryview(data).cast("B") as view, ffi.from_buffer(view) as buffer:
+            progress = ffi.new("struct emu_progress *")
+            err = self._call(lib.emu_guest_install, ffi.from_buffer("uint64_t[]", gfns), len(gfns), buffer, progress)
+        if err:
+            raise self._failed(err, progress)
+
+    # ---- taking back
+
+    def reclaim(self, function: Any, ranges: Ranges) -> int:
+        """Run lib.emu_discard or a sister of it; return the frames it took."""
+        taken = self._call(function, ffi.from_buffer("struct emu_range[]", ranges.flat), len(ranges))
+        if taken < 0:
+            raise self._failed(taken, None)
+        return int(taken)
+
+    # ---- watching
+
+    def states(self, gfn: int, count: int) -> bytes:
+        buffer = bytearray(count)
+        err = self._call(lib.emu_states_copy, gfn, count, ffi.from_buffer(buffer))
+        if err:
+            raise self._failed(err, None)
+        return bytes(buffer)
+
+    def stats(self) -> dict[str, int]:
+        n = lib.emu_stats_count()
+        values = ffi.new("int64_t[]", n)
+        self._call(lib.emu_stats_read, values)
+        return {ffi.string(lib.emu_stats_name(i)).decode(): values[i] for i in range(n)}
+
+    def events(self, cap: int) -> list[tuple[int, int, int, int, int]]:
+        """Drain up to cap events: (ns, type, gfn, count, arg). One reader at a time."""
+        events = ffi.new("struct emu_event[]", cap)
+        n = self._call(lib.emu_ring_drain, events, cap)
+        return [(e.ns, e.type, e.gfn, e.count, e.arg) for e in events[0:n]]
+
+    def trace_faults(self, on: bool) -> None:
+        self._call(lib.emu_ring_trace_faults, on)
+
+    @property
+    def table_bytes(self) -> int:
+        return int(self._call(lib.emu_region_table_bytes))
+
+    @property
+    def vectored(self) -> bool:
+        return bool(self._call(lib.emu_region_vectored))

@@ -1,0 +1,436 @@
+"""GuestRam: a mapping, a fault service, and a state for each frame.
+
+The mapping is private anonymous memory (Python's default, MAP_SHARED, would keep the pages in shmem after a discard),
+aligned to 2 MiB so that guest and host agree on what a block is, with inaccessible guard pages on both sides so that it
+never shares a VMA with a neighbour, MADV_NOHUGEPAGE so that RSS is exact to the frame, and MADV_DONTFORK.
+
+Guest bytes are reached by read, write, touch, fill, verify and install: C calls with the GIL released. A raw view exists
+as unsafe_view(). Ranges are [(gfn, count), ...] in frames; gpa is a byte address in the guest, gfn * 4096.
+"""
+
+import enum
+import errno
+import mmap
+import os
+import warnings
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from emu import _native, residency
+from emu._native import ffi, lib
+from emu.errors import BadValue, ClosedError, HostError, RangeError
+from emu.ranges import Ranges
+from emu.uffd import Features, Mode, Rung, Userfaultfd, probe
+from emu.units import FRAME_SIZE, format_size, parse_ram_size
+
+__all__ = ["Event", "FrameState", "GuestRam", "Histogram", "Op"]
+
+_ALIGN = 2 << 20
+_CHUNK = 16384  # frames (64 MiB) a native call: Python can handle Ctrl-C between two
+
+
+class FrameState(enum.IntEnum):
+    """What a frame holds, as the host knows it (csrc/state.c)."""
+
+    ZERO = lib.EMU_ZERO
+    ZEROMAP = lib.EMU_ZEROMAP
+    RESIDENT = lib.EMU_RESIDENT
+    LAZY = lib.EMU_LAZY
+    BUSY = lib.EMU_BUSY
+    LOST = lib.EMU_LOST
+
+
+class Op(enum.IntEnum):
+    """What a vCPU loop does to each frame (csrc/vcpu.c). SET takes a byte, FILL and VERIFY a seed."""
+
+    TOUCH_READ = lib.EMU_TOUCH_READ
+    TOUCH_WRITE = lib.EMU_TOUCH_WRITE
+    SET = lib.EMU_SET
+    FILL = lib.EMU_FILL
+    VERIFY = lib.EMU_VERIFY
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A record of the event ring: ns of CLOCK_MONOTONIC, what, the first frame, frames, and an argument."""
+
+    ns: int
+    type: str
+    gfn: int
+    count: int
+    arg: int
+
+
+_EVENT_TYPES = {
+    getattr(lib, f"EMU_EV_{name.upper()}"): name
+    for name in ("discard", "lazy_free", "lazy_drop", "poison", "lost_fault", "service_died", "fault")
+}
+
+
+class Histogram:
+    """Latencies in ns, eight buckets an octave; several runs may add to one."""
+
+    def __init__(self) -> None:
+        self._c = ffi.new("struct emu_hist *")
+
+    @property
+    def count(self) -> int:
+        return int(self._c.count)
+
+    @property
+    def mean(self) -> float:
+        """Mean in ns; 0 when empty."""
+        return float(self._c.sum / self._c.count) if self._c.count else 0.0
+
+    @property
+    def max(self) -> int:
+        return int(self._c.max)
+
+    def percentile(self, percent: float) -> int:
+        """Return the floor, in ns, of the bucket that the percentile falls into."""
+        left = self._c.count * percent / 100
+        for bucket in range(lib.EMU_HIST_BUCKETS):
+            left -= self._c.bucket[bucket]
+            if left <= 0 and self._c.bucket[bucket]:
+                return int(lib.emu_hist_floor(bucket))
+        return self.max
+
+
+class GuestRam:
+    """A guest's memory.
+
+    size: bytes or text, whole frames. service: "inline" (SIGBUS in the faulting thread), "thread", or "auto" (inline
+    where the kernel has the feature, and "off" without userfaultfd). uffd: "auto", "full", "user" or "off", the rung to
+    stand on; a named one that can't be had raises. fault_around: frames installed a fault, a power of two to 512; 1
+    keeps RSS exact. service_cpu pins the service thread. disable: names as in EMU_DISABLE. thp must be False.
+
+    Raises BadValue for arguments, HostError when the machine can't map or serve it.
+    """
+
+    def __init__(
+        self,
+        size: int | str,
+        *,
+        thp: bool = False,
+        fault_around: int = 1,
+        service: Literal["auto", "inline", "thread"] = "auto",
+        uffd: Literal["auto", "full", "user", "off"] = "auto",
+        service_cpu: int | None = None,
+        disable: str | Iterable[str] = (),
+    ) -> None:
+        self._region: _native.Region | None = None
+        self._uffd: Userfaultfd | None = None
+        self._mapping: mmap.mmap | None = None
+        self._lease: Any = None
+        self._views: list[memoryview] = []
+        self.size = parse_ram_size(size)
+        self.frames = self.size // FRAME_SIZE
+        off = _native.disabled(disable)
+        if mmap.PAGESIZE != FRAME_SIZE:
+            raise HostError(f"this host's pages are {mmap.PAGESIZE} bytes; emu needs {FRAME_SIZE}")
+        if thp:
+            raise BadValue("thp=True can't be had: this version serves 4 KiB frames only")
+        if service not in ("auto", "inline", "thread"):
+            raise BadValue(f"service {service!r} isn't known: auto, inline or thread")
+        if uffd not in ("auto", "full", "user", "off"):
+            raise BadValue(f"uffd {uffd!r} isn't known: auto, full, user or off")
+        if not 1 <= fault_around <= lib.EMU_BLOCK_FRAMES or fault_around & (fault_around - 1):
+            raise BadValue(f"fault_around {fault_around!r} must be a power of two from 1 to {lib.EMU_BLOCK_FRAMES}")
+        if service_cpu is not None and service_cpu not in os.sched_getaffinity(0):
+            raise BadValue(f"service_cpu {service_cpu!r} isn't one of {sorted(os.sched_getaffinity(0))}")
+        self.fault_around = fault_around
+        self.service_cpu = service_cpu
+        try:
+            self._map()
+            self._open_uffd(service, uffd, off)
+            self._region = _native.Region(
+                self._base,
+                self.frames,
+                uffd=self._uffd.fileno() if self._uffd else -1,
+                service=getattr(lib, f"EMU_SERVICE_{self.service.upper()}"),
+                poison=bool(self._uffd and Features.POISON in self._uffd.features),
+                service_cpu=-1 if service_cpu is None else service_cpu,
+                fault_around=fault_around,
+                disable=off,
+            )
+        except BaseException:
+            self._release()
+            raise
+
+    def _map(self) -> None:
+        length = self.size + 2 * _ALIGN
+        try:
+            self._mapping = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | lib.MAP_NORESERVE)
+        except (OSError, OverflowError, ValueError) as error:
+            raise HostError(
+                f"can't map {format_size(self.size)} of address space: {error}; look at RLIMIT_AS (ulimit -v), "
+                "vm.overcommit_memory (2 ignores NORESERVE) and the cgroup's limit: emu doctor"
+            ) from error
+        start, self._lease = _native.address_of(self._mapping)
+        # at least one whole guard page on either side
+        self._base = (start + FRAME_SIZE + _ALIGN - 1) & -_ALIGN
+        self._offset = self._base - start
+        self._mapping.madvise(mmap.MADV_NOHUGEPAGE)
+        self._mapping.madvise(mmap.MADV_DONTFORK)
+        _guard(start, self._offset)
+        _guard(self._base + self.size, length - self._offset - self.size)
+
+    def _open_uffd(self, service: str, uffd: str, off: frozenset[str]) -> None:
+        self.service: str = "off"
+        self.rung = Rung.OFF
+        self.rung_reason = "asked for uffd=off"
+        if uffd == "off":
+            return
+        can = probe(off)
+        self.rung_reason = can.why
+        wanted = {"auto": Rung.USER, "user": Rung.USER, "full": Rung.FULL}[uffd]
+        if can.rung < wanted:
+            if uffd == "auto":
+                return
+            raise HostError(f"uffd={uffd} can't be had here: {can.why}")
+        sigbus = Features.SIGBUS in can.features and "sigbus" not in off
+        if service == "inline" and not sigbus:
+            raise HostError("service=inline can't be had here: no UFFD_FEATURE_SIGBUS (Linux 4.14, or switched off)")
+        inline = sigbus and service != "thread"
+        self._uffd = Userfaultfd(
+            required=Features.SIGBUS if inline else Features(0),
+            wanted=Features.POISON,
+            rung=Rung.USER if uffd == "user" else Rung.FULL,
+            disable=off,
+        )
+        self.service = "inline" if inline else "thread"
+        self.rung = self._uffd.rung
+        self.rung_reason = self._uffd.why
+        self._uffd.register(self._base, self.size, Mode.MISSING)
+
+    # ---- life
+
+    def close(self) -> None:
+        """Give everything back. Waits for calls under way in other threads; a second call does nothing.
+
+        Raises BadValue while somebody still holds an unsafe_view() or a slice of one.
+        """
+        for view in list(self._views):
+            try:
+                view.release()
+            except BufferError:
+                raise BadValue("an unsafe_view() of this guest RAM is still in use: release it before close()") from None
+            self._views.remove(view)
+        if self._region is not None:
+            self._region.close()
+        self._release()
+
+    def _release(self) -> None:
+        if self._uffd is not None:
+            self._uffd.close()
+        if self._lease is not None:
+            ffi.release(self._lease)
+            self._lease = None
+        if self._mapping is not None:
+            self._mapping.close()
+            self._mapping = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        region = getattr(self, "_region", None)
+        if region is not None and not region.closed:
+            warnings.warn(f"guest RAM of {format_size(self.size)} wasn't closed", ResourceWarning, source=self, stacklevel=2)
+            try:
+                self.close()
+            except BadValue:
+                pass  # a view outlives us; the mapping goes with it
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._region is None or self._region.closed
+
+    @property
+    def _core(self) -> _native.Region:
+        if self._region is None:
+            raise ClosedError("this guest RAM is closed")
+        return self._region
+
+    # ---- guest access
+
+    def vcpu(
+        self, op: Op, ranges: Ranges, arg: int = 0, *, threads: int = 1, latency: Histogram | None = None
+    ) -> list[int]:
+        """Run op over the ranges' frames in C, shared out to `threads`; return the frames VERIFY found different.
+
+        latency, if given, gets one sample a frame (two clock readings around each access). Raises GuestMemoryError
+        with the frame that stopped it.
+        """
+        if not 1 <= threads <= 1024:
+            raise BadValue(f"threads {threads!r} must be from 1 to 1024")
+        core = self._core
+        bad: list[int] = []
+        for batch in ranges.chunks(_CHUNK * threads):
+            bad += core.vcpu(op, batch, arg, threads, None if latency is None else latency._c)
+        return bad
+
+    def _one(self, gfn: int, count: int) -> Ranges:
+        ranges = Ranges.of([(gfn, count)])
+        ranges.check(self.frames, disjoint=False)
+        return ranges
+
+    def touch(
+        self, gfn: int, count: int = 1, write: bool = True, threads: int = 1, latency: Histogram | None = None
+    ) -> None:
+        """Touch each frame: a load, or an atomic OR of 0, which dirties it and changes nothing."""
+        self.vcpu(Op.TOUCH_WRITE if write else Op.TOUCH_READ, self._one(gfn, count), threads=threads, latency=latency)
+
+    def fill(self, gfn: int, count: int, seed: int, threads: int = 1, latency: Histogram | None = None) -> None:
+        """Fill frames with content that follows from the seed and the frame's number."""
+        self.vcpu(Op.FILL, self._one(gfn, count), seed, threads=threads, latency=latency)
+
+    def verify(self, gfn: int, count: int, seed: int, threads: int = 1) -> list[int]:
+        """Return the frames whose content isn't what fill() with this seed left there."""
+        return self.vcpu(Op.VERIFY, self._one(gfn, count), seed, threads=threads)
+
+    def read(self, gpa: int, n: int) -> bytes:
+        """Return n bytes from guest physical address gpa."""
+        self._check_bytes(gpa, n)
+        return bytes(self._core.read(gpa, n))
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Write data at guest physical address gpa; whole missing frames are installed, not faulted."""
+        self._check_bytes(gpa, memoryview(data).nbytes)
+        self._core.write(gpa, data)
+
+    def install(self, gfns: Sequence[int], buffer: bytes | bytearray | memoryview) -> None:
+        """Give frames the pages in buffer (len(gfns) * 4096 bytes): missing ones without a fault (UFFDIO_COPY)."""
+        if memoryview(buffer).nbytes != len(gfns) * FRAME_SIZE:
+            raise BadValue(f"install of {len(gfns)} frames needs {len(gfns) * FRAME_SIZE} bytes, not {len(buffer)}")
+        Ranges.of((gfn, 1) for gfn in gfns).check(self.frames, disjoint=True)
+        self._core.install(array("Q", gfns), buffer)
+
+    def unsafe_view(self) -> memoryview:
+        """Return the raw memory. For tests and experiments: a touch may fault while Python holds its lock.
+
+        Both services serve such a fault without Python. A thread that has SIGBUS blocked dies of it with the inline
+        service, and writes through the view reach zero-mapped frames without our books.
+        """
+        self._core.check()
+        assert self._mapping is not None
+        view = memoryview(self._mapping)[self._offset : self._offset + self.size]
+        self._views.append(view)
+        return view
+
+    def _check_bytes(self, gpa: int, n: int) -> None:
+        if gpa < 0 or n < 0 or gpa + n > self.size:
+            raise RangeError(
+                f"bytes [{gpa}, {gpa + n}) are outside the RAM, which has {self.size}",
+                gfn=gpa // FRAME_SIZE,
+                frames=self.frames,
+            )
+
+    # ---- taking back
+
+    def discard(self, ranges: Iterable[Sequence[int]] | Ranges) -> int:
+        """Give frames back at once (MADV_DONTNEED); return how many held memory. They read as zero afterwards."""
+        return self._reclaim(lib.emu_discard, ranges)
+
+    def lazy_free(self, ranges: Iterable[Sequence[int]] | Ranges) -> int:
+        """Let the kernel take frames when it needs memory (MADV_FREE); return how many. RSS doesn't show it."""
+        return self._reclaim(lib.emu_lazy_free, ranges)
+
+    def lazy_drop(self, ranges: Iterable[Sequence[int]] | Ranges | None = None) -> int:
+        """Put the lazily freed frames under pressure now (MADV_PAGEOUT); return how many the kernel dropped.
+
+        Frames written since stay. A few may hide from it in another CPU's batch (31 pages each), and stay lazy.
+        """
+        return self._reclaim(lib.emu_lazy_drop, [(0, self.frames)] if ranges is None else ranges)
+
+    def poison(self, ranges: Iterable[Sequence[int]] | Ranges) -> int:
+        """Lose frames as a memory error would: their content is gone and accesses fail. Return how many."""
+        return self._reclaim(lib.emu_poison, ranges)
+
+    def unpoison(self, ranges: Iterable[Sequence[int]] | Ranges) -> int:
+        """Make lost frames usable again, as zeros; return how many. The only way out of LOST."""
+        return self._reclaim(lib.emu_unpoison, ranges)
+
+    def _reclaim(self, function: Any, ranges: Iterable[Sequence[int]] | Ranges) -> int:
+        core = self._core
+        core.check()
+        batch = ranges if isinstance(ranges, Ranges) else Ranges.of(ranges)
+        batch.check(self.frames, disjoint=True)
+        return core.reclaim(function, batch)
+
+    # ---- watching
+
+    @property
+    def address(self) -> int:
+        """Host virtual address of frame 0."""
+        self._core.check()
+        return self._base
+
+    @property
+    def rss_bytes(self) -> int:
+        """Resident bytes of the guest's RAM, from the kernel (smaps)."""
+        return self.smaps().rss
+
+    @property
+    def lazyfree_bytes(self) -> int:
+        """Of rss_bytes, what the kernel may drop without an event, from the kernel (smaps)."""
+        return self.smaps().lazyfree
+
+    def smaps(self) -> residency.Smaps:
+        """Return what smaps says of the RAM."""
+        self._core.check()
+        return residency.read_smaps(self._base, self.size)
+
+    def scan(self) -> residency.Scan | None:
+        """Return what PAGEMAP_SCAN says of the RAM; None before Linux 6.7."""
+        self._core.check()
+        return residency.scan(self._base, self.size)
+
+    def mincore_bytes(self) -> int:
+        """Return what mincore(2) says of the RAM: an upper bound, since it counts zero pages."""
+        self._core.check()
+        return residency.mincore_bytes(self._base, self.size)
+
+    @property
+    def table_bytes(self) -> int:
+        """Resident bytes of the host's tables for this RAM."""
+        return self._core.table_bytes
+
+    @property
+    def vectored(self) -> bool:
+        """Whether many ranges are discarded in one system call (process_madvise on ourselves, Linux 6.13)."""
+        return self._core.vectored
+
+    def states(self, gfn: int = 0, count: int | None = None) -> bytes:
+        """Return one FrameState byte a frame."""
+        count = self.frames - gfn if count is None else count
+        self._one(gfn, count)
+        return self._core.states(gfn, count)
+
+    def stats(self) -> dict[str, int]:
+        """Return the core's counters; those named nr_* are frames by state."""
+        return self._core.stats()
+
+    def events(self, most: int = 4096) -> list[Event]:
+        """Return and forget the events since the last call. One reader at a time."""
+        return [
+            Event(ns, _EVENT_TYPES.get(kind, str(kind)), gfn, count, arg)
+            for ns, kind, gfn, count, arg in self._core.events(most)
+        ]
+
+    def trace_faults(self, on: bool = True) -> None:
+        """Record every fault as an event, too."""
+        self._core.trace_faults(on)
+
+
+def _guard(start: int, length: int) -> None:
+    """Make [start, start + length) inaccessible."""
+    if lib.mprotect(ffi.cast("void *", start), length, 0):
+        raise HostError(f"mprotect of the guard pages: {os.strerror(ffi.errno or errno.EINVAL)}")
