@@ -1,0 +1,54 @@
+"""emu: a guest's memory on a desk. Real pages, real page faults, real RSS, no virtual machine."""
+
+from emu import uffd
+from emu.clock import Clock
+from emu.clock import ScaledClock
+from emu.clock import StepClock
+from emu.errors import AllocatorError
+from emu.errors import BadValue
+from emu.errors import ClosedError
+from emu.errors import EmuError
+from emu.errors import ForkedError
+from emu.errors import GuestError
+from emu.errors import GuestMemoryError
+from emu.errors import HostError
+from emu.errors import OutOfMemory
+from emu.errors import RangeError
+from emu.errors import ServiceDeadError
+from emu.errors import UffdError
+from emu.guest.buddy import Buddy
+from emu.guest.buddy import MigrateType
+from emu.machine import Machine
+from emu.observe.snapshot import Snapshot
+from emu.ram import FrameState
+from emu.ram import GuestRam
+from emu.ram import Histogram
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AllocatorError",
+    "BadValue",
+    "Buddy",
+    "Clock",
+    "ClosedError",
+    "EmuError",
+    "ForkedError",
+    "FrameState",
+    "GuestError",
+    "GuestMemoryError",
+    "GuestRam",
+    "Histogram",
+    "HostError",
+    "Machine",
+    "MigrateType",
+    "OutOfMemory",
+    "RangeError",
+    "ScaledClock",
+    "ServiceDeadError",
+    "Snapshot",
+    "StepClock",
+    "UffdError",
+    "__version__",
+    "uffd",
+]

@@ -1,0 +1,489 @@
+"""The buddy allocator, as mm/page_alloc.c has it (Linux 6.1).
+
+Free memory is kept in blocks of 2^order frames, order 0 to 10, aligned to their size. Allocation takes the first block of
+the smallest sufficient order and splits it, the upper halves going back to the lists (expand). Freeing merges a block
+with its buddy, the block whose number differs in one bit, for as long as that buddy is free (__free_one_page).
+
+Three things that a textbook buddy lacks decide what free page reporting sees:
+
+- **Head or tail.** A freed block goes to the head of its list, unless its merge to the next order looks likely
+  (buddy_merge_likely): then to the tail, where it is left alone for longer. Reported blocks gather at the tail.
+- **Pageblocks and migratetypes.** Each 2 MiB pageblock is unmovable, movable or reclaimable, and has its free blocks on
+  lists of that type, so that unmovable allocations don't sprinkle all of memory. When a type runs out it steals from
+  another, the largest block it can find, and takes the pageblock over if enough of it is free or compatible.
+- **The Reported flag** of a free block dies when the block leaves its list: by allocation, by split, by merge.
+
+Lists are circular and doubly linked through arrays indexed by block number, as the kernel's run through struct page, so
+that taking a block out of the middle and rotating a list cost what they cost there. The arrays are lazily populated
+memory: a 1 TiB guest has 2 GiB of them and pays for the pages it uses.
+
+Bulk calls do what the same number of single calls would do, block by block: a run of frames freed in ascending order
+leaves the same blocks in the same places as its aligned blocks freed one after another, since a block comes into being
+when its last frame is freed. tests/stateful holds the two against each other.
+
+Deviations: no watermark boost after a steal, no highatomic, isolated or CMA pageblocks, no shuffling, no ALLOC_NOFRAGMENT;
+allocated frames count as movable when their pageblock is (Linux looks at each page).
+"""
+
+import enum
+import mmap
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+
+from emu.errors import AllocatorError, BadValue, OutOfMemory
+
+__all__ = ["MAX_ORDER", "PAGEBLOCK_ORDER", "Buddy", "MigrateType"]
+
+MAX_ORDER = 10  # the largest order (the kernel's MAX_ORDER was one more until 6.4)
+PAGEBLOCK_ORDER = 9
+_PAGEBLOCK = 1 << PAGEBLOCK_ORDER
+_ORDERS = MAX_ORDER + 1
+_MAP_NORESERVE = 0x4000
+
+# a list's flag byte: 0 = no free block of this order starts here
+_FREE = 1
+_REPORTED = 2
+
+
+class MigrateType(enum.IntEnum):
+    """include/linux/mmzone.h, enum migratetype."""
+
+    UNMOVABLE = 0
+    MOVABLE = 1
+    RECLAIMABLE = 2
+
+
+_TYPES = len(MigrateType)
+# mm/page_alloc.c, fallbacks[]
+_FALLBACKS = ((2, 1), (2, 0), (0, 1))
+
+
+def lazy_bytes(n: int) -> memoryview:
+    """Return n zero bytes whose pages come into being when they are written."""
+    return memoryview(
+        mmap.mmap(-1, max(n, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    )
+
+
+class Buddy:
+    """An area of frames [base, base + frames) and its free blocks.
+
+    base must be a multiple of the largest block. on_free(order) is called at the end of every free with the order that
+    the block merged up to; free page reporting hooks in there. Numbers of frames are pfns, absolute.
+    """
+
+    def __init__(self, frames: int, *, base: int = 0, on_free: Callable[[int], None] | None = None) -> None:
+        if frames < 1:
+            raise BadValue(f"a buddy allocator of {frames} frames: at least one is needed")
+        if base % (1 << MAX_ORDER):
+            raise BadValue(f"base {base} isn't a multiple of {1 << MAX_ORDER} frames")
+        self.base = base
+        self.frames = frames
+        self.on_free = on_free
+        #: frames on the free lists
+        self.free_frames = 0
+        #: free blocks by order, and of those the reported ones
+        self.nr_free = [0] * _ORDERS
+        self.nr_reported = [0] * _ORDERS
+        blocks = [frames >> order for order in range(_ORDERS)]
+        # one mapping, cut into next, prev and flags of each order, then the allocation map
+        words = sum(n + _TYPES for n in blocks)
+        slab = lazy_bytes(8 * words + sum(blocks) + frames)
+        links = slab[: 8 * words].cast("I")
+        self._next: list[memoryview] = []
+        self._prev: list[memoryview] = []
+        self._flags: list[memoryview] = []
+        at, byte = 0, 8 * words
+        for n in blocks:
+            self._next.append(links[at : at + n + _TYPES])
+            self._prev.append(links[at + n + _TYPES : at + 2 * (n + _TYPES)])
+            at += 2 * (n + _TYPES)
+            self._flags.append(slab[byte : byte + n])
+            byte += n
+        # order + 1 where an allocated block starts; PCP's mark on frames that sit on a per-CPU list
+        self._allocated = slab[byte : byte + frames]
+        self._type = bytearray([MigrateType.MOVABLE]) * (-(-frames // _PAGEBLOCK))
+        self._head = blocks  # list of type t has its head at index blocks[order] + t
+        for order, n in enumerate(blocks):
+            for t in range(_TYPES):
+                self._next[order][n + t] = self._prev[order][n + t] = n + t
+        self._boot()
+
+    def _boot(self) -> None:
+        # memblock_free_all: largest blocks, ascending, each to the tail
+        whole = self.frames >> MAX_ORDER
+        if whole:
+            head = self._head[MAX_ORDER] + MigrateType.MOVABLE
+            nxt, prv = self._next[MAX_ORDER], self._prev[MAX_ORDER]
+            step = 1 << 16
+            for start in range(0, whole, step):
+                end = min(start + step, whole)
+                nxt[start:end] = _words(range(start + 1, end + 1))
+                prv[start:end] = _words(range(start - 1, end - 1)) if start else _words([0, *range(end - 1)])
+            nxt[whole - 1], prv[0] = head, head
+            nxt[head], prv[head] = 0, whole - 1
+            self._flags[MAX_ORDER][:] = bytes([_FREE]) * whole
+            self.nr_free[MAX_ORDER] = whole
+            self.free_frames = whole << MAX_ORDER
+        for pfn, order in self._blocks(whole << MAX_ORDER, self.frames - (whole << MAX_ORDER)):
+            self._add(order, pfn >> order, MigrateType.MOVABLE, tail=True)
+
+    def release(self) -> None:
+        """Let go of the arrays. The allocator is dead afterwards."""
+        self._next, self._prev, self._flags = [], [], []
+        self._allocated = memoryview(b"")
+
+    # ---- lists
+
+    def _add(self, order: int, block: int, migratetype: int, *, tail: bool) -> None:
+        nxt, prv = self._next[order], self._prev[order]
+        head = self._head[order] + migratetype
+        if tail:
+            last = prv[head]
+            nxt[block], prv[block] = head, last
+            nxt[last] = prv[head] = block
+        else:
+            first = nxt[head]
+            nxt[block], prv[block] = first, head
+            prv[first] = nxt[head] = block
+        self._flags[order][block] = _FREE
+        self.nr_free[order] += 1
+        self.free_frames += 1 << order
+
+    def _del(self, order: int, block: int) -> None:
+        nxt, prv, flags = self._next[order], self._prev[order], self._flags[order]
+        after, before = nxt[block], prv[block]
+        nxt[before] = after
+        prv[after] = before
+        if flags[block] & _REPORTED:
+            self.nr_reported[order] -= 1
+        flags[block] = 0
+        self.nr_free[order] -= 1
+        self.free_frames -= 1 << order
+
+    @staticmethod
+    def _blocks(start: int, count: int) -> Iterator[tuple[int, int]]:
+        # the aligned blocks that [start, start + count) is made of, ascending: (first frame, order)
+        while count:
+            order = min(MAX_ORDER, count.bit_length() - 1)
+            if start:
+                order = min(order, (start & -start).bit_length() - 1)
+            yield start, order
+            start += 1 << order
+            count -= 1 << order
+
+    # ---- freeing
+
+    def _free_one(self, frame: int, order: int, migratetype: int, *, to_tail: bool = False, notify: bool = True) -> int:
+        # __free_one_page(); frame is relative to base. Returns the order merged up to.
+        block = frame >> order
+        while order < MAX_ORDER:
+            buddy = block ^ 1
+            if buddy >= self._head[order] or not self._flags[order][buddy]:
+                break
+            self._del(order, buddy)
+            block >>= 1
+            order += 1
+        tail = to_tail
+        if not tail and order < MAX_ORDER - 1:
+            # buddy_merge_likely(): would the block that we'd merge into find *its* buddy free?
+            higher = (block >> 1) ^ 1
+            tail = higher < self._head[order + 1] and bool(self._flags[order + 1][higher])
+        self._add(order, block, migratetype, tail=tail)
+        if notify and self.on_free is not None:
+            self.on_free(order)
+        return order
+
+    def _check_order(self, order: int) -> None:
+        if not isinstance(order, int) or not 0 <= order <= MAX_ORDER:
+            raise BadValue(f"order {order!r} must be from 0 to {MAX_ORDER}")
+
+    def _check_allocated(self, pfn: int, order: int) -> int:
+        frame = pfn - self.base
+        if not 0 <= frame < self.frames or frame + (1 << order) > self.frames:
+            raise AllocatorError(
+                f"pfn {pfn:#x} order {order} is outside [{self.base:#x}, {self.base + self.frames:#x})", pfn=pfn, order=order
+            )
+        mark = self._allocated[frame]
+        if mark == order + 1:
+            return frame
+        if mark == 0 or mark & 0x80:
+            raise AllocatorError(f"pfn {pfn:#x} isn't allocated (a double free?)", pfn=pfn, order=order)
+        raise AllocatorError(f"pfn {pfn:#x} was allocated with order {mark - 1}, not {order}", pfn=pfn, order=order)
+
+    def free(self, pfn: int, order: int = 0) -> None:
+        """Free a block. Raises AllocatorError, and changes nothing, if it isn't allocated with that order."""
+        self._check_order(order)
+        frame = self._check_allocated(pfn, order)
+        self._allocated[frame] = 0
+        self._free_one(frame, order, self._type[frame >> PAGEBLOCK_ORDER])
+
+    def free_bulk(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Free runs of frames, (pfn, count) each, that were allocated one by one (order 0).
+
+        As if each frame were freed by itself, in order. Raises AllocatorError, and changes nothing, if one of them isn't
+        allocated with order 0.
+        """
+        seen = 0
+        for pfn, count in sorted(ranges):
+            frame = pfn - self.base
+            if frame < seen or frame + count > self.frames:
+                raise AllocatorError(f"frames [{pfn:#x}, {pfn + count:#x}) are outside or named twice", pfn=pfn, order=0)
+            seen = frame + count
+            marks = bytes(self._allocated[frame:seen])
+            if marks.count(1) != count:
+                wrong = next(i for i, mark in enumerate(marks) if mark != 1)
+                self._check_allocated(pfn + wrong, 0)
+        for pfn, count in ranges:
+            frame = pfn - self.base
+            self._allocated[frame : frame + count] = bytes(count)
+            self.free_run(frame, count)
+
+    def free_run(self, frame: int, count: int, *, descending: bool = False) -> None:
+        """Put a run of frames, relative to base and already unmarked, back on the lists (for the per-CPU lists)."""
+        blocks: Iterator[tuple[int, int]] | list[tuple[int, int]] = self._blocks(frame, count)
+        if descending:
+            blocks = list(blocks)[::-1]
+        for start, order in blocks:
+            self._free_one(start, order, self._type[start >> PAGEBLOCK_ORDER])
+
+    # ---- allocating
+
+    def alloc(self, order: int = 0, migratetype: MigrateType = MigrateType.MOVABLE) -> int:
+        """Allocate a block of 2^order frames; return its first pfn. Raises OutOfMemory."""
+        self._check_order(order)
+        frame = self._take(order, migratetype)
+        if frame < 0:
+            raise OutOfMemory(
+                f"no free block of order {order} ({self.free_frames} frames free)",
+                order=order,
+                wanted=1 << order,
+                free=self.free_frames,
+            )
+        self._allocated[frame] = order + 1
+        return self.base + frame
+
+    def alloc_bulk(self, count: int, migratetype: MigrateType = MigrateType.MOVABLE) -> list[tuple[int, int]]:
+        """Allocate up to count single frames; return (pfn, count) runs in the order of allocation.
+
+        As if count frames were allocated one by one; fewer when the lists run dry.
+        """
+        runs: list[tuple[int, int]] = []
+        while count:
+            frame, n = self._take_run(count, migratetype)
+            if not n:
+                break
+            self._allocated[frame : frame + n] = b"\x01" * n
+            if runs and runs[-1][0] + runs[-1][1] == self.base + frame:
+                runs[-1] = (runs[-1][0], runs[-1][1] + n)
+            else:
+                runs.append((self.base + frame, n))
+            count -= n
+        return runs
+
+    def _take(self, order: int, migratetype: int) -> int:
+        # __rmqueue(): a block of exactly `order`, relative to base, unmarked; -1 when there is none
+        while True:
+            for current in range(order, _ORDERS):
+                head = self._head[current] + migratetype
+                block = self._next[current][head]
+                if block == head:
+                    continue
+                self._del(current, block)
+                frame = block << current
+                while current > order:  # expand(): keep the lower half
+                    current -= 1  # noqa: PLW2901
+                    self._add(current, (frame >> current) + 1, migratetype, tail=False)
+                return frame
+            if not self._fallback(order, migratetype):
+                return -1
+
+    def _take_run(self, count: int, migratetype: int) -> tuple[int, int]:
+        # The next single frames that one-by-one allocation would take from one block: the first block of the lowest
+        # order is used up from its start before anything else is looked at.
+        while True:
+            for order in range(_ORDERS):
+                head = self._head[order] + migratetype
+                block = self._next[order][head]
+                if block == head:
+                    continue
+                self._del(order, block)
+                frame, size = block << order, 1 << order
+                if count >= size:
+                    return frame, size
+                # what is left over, as the last split of each order would leave it: highest orders first
+                for start, rest in reversed(list(self._blocks(frame + count, size - count))):
+                    self._add(rest, start >> rest, migratetype, tail=False)
+                return frame, count
+            if not self._fallback(0, migratetype):
+                return 0, 0
+
+    def _fallback(self, order: int, migratetype: int) -> bool:
+        # __rmqueue_fallback(): bring a block of another type over to ours
+        for current in range(MAX_ORDER, order - 1, -1):
+            other = self._fallback_type(current, migratetype)
+            if other < 0:
+                continue
+            # can_steal_fallback()
+            steal = current >= PAGEBLOCK_ORDER // 2 or migratetype != MigrateType.MOVABLE
+            if not steal and current > order:
+                # not the whole pageblock: then rather the smallest block than the largest
+                current = next(o for o in range(order, _ORDERS) if self._fallback_type(o, migratetype) >= 0)  # noqa: PLW2901
+                other = self._fallback_type(current, migratetype)
+            self._steal(current, self._next[current][self._head[current] + other], migratetype, whole_block=steal)
+            return True
+        return False
+
+    def _fallback_type(self, order: int, migratetype: int) -> int:
+        for other in _FALLBACKS[migratetype]:
+            head = self._head[order] + other
+            if self._next[order][head] != head:
+                return other
+        return -1
+
+    def _steal(self, order: int, block: int, migratetype: int, *, whole_block: bool) -> None:
+        # steal_suitable_fallback()
+        frame = block << order
+        first = frame >> PAGEBLOCK_ORDER
+        old = self._type[first]
+        if order >= PAGEBLOCK_ORDER:
+            for pageblock in range(first, first + (1 << (order - PAGEBLOCK_ORDER))):
+                self._type[pageblock] = migratetype
+            self._move(order, block, migratetype)
+            return
+        if not whole_block:
+            self._move(order, block, migratetype)
+            return
+        start = first << PAGEBLOCK_ORDER
+        free = self._move_pageblock(start, migratetype)
+        in_use = min(_PAGEBLOCK, self.frames - start) - free
+        movable = in_use if old == MigrateType.MOVABLE else 0
+        if migratetype == MigrateType.MOVABLE:
+            alike = movable
+        else:
+            alike = in_use - movable if old == MigrateType.MOVABLE else 0
+        if free + alike >= _PAGEBLOCK // 2:
+            self._type[first] = migratetype
+
+    def _move(self, order: int, block: int, migratetype: int) -> None:
+        # move_to_free_list(): to the tail, flags and counts unchanged
+        nxt, prv = self._next[order], self._prev[order]
+        nxt[prv[block]], prv[nxt[block]] = nxt[block], prv[block]
+        head = self._head[order] + migratetype
+        last = prv[head]
+        nxt[block], prv[block] = head, last
+        nxt[last] = prv[head] = block
+
+    def _move_pageblock(self, start: int, migratetype: int) -> int:
+        # move_freepages_block(): every free block of the pageblock to our lists; returns their frames
+        frame, free = start, 0
+        end = min(start + _PAGEBLOCK, self.frames)
+        while frame < end:
+            for order in range(PAGEBLOCK_ORDER):
+                block = frame >> order
+                if block << order == frame and block < self._head[order] and self._flags[order][block]:
+                    self._move(order, block, migratetype)
+                    free += 1 << order
+                    frame += 1 << order
+                    break
+            else:
+                frame += 1
+        return free
+
+    def split(self, pfn: int, order: int) -> None:
+        """Turn an allocated block into 2^order frames, each allocated by itself (split_page)."""
+        frame = self._check_allocated(pfn, order)
+        self._allocated[frame : frame + (1 << order)] = b"\x01" * (1 << order)
+
+    # ---- for the per-CPU lists: frames that are neither allocated nor on a free list
+
+    def take_for_pcp(self, order: int, migratetype: int, most: int) -> tuple[int, int]:
+        """Take what rmqueue_bulk() would take next: (frame relative to base, blocks) in a row; (0, 0) when dry."""
+        if order == 0:
+            frame, n = self._take_run(most, migratetype)
+            if n:
+                self._allocated[frame : frame + n] = b"\x81" * n
+            return frame, n
+        frame = self._take(order, migratetype)
+        if frame < 0:
+            return 0, 0
+        self._allocated[frame] = 0x80 | (order + 1)
+        return frame, 1
+
+    def mark(self, frame: int, count: int, order: int, value: int) -> None:
+        """Write the allocation map for count blocks in a row, relative to base."""
+        if order == 0:
+            self._allocated[frame : frame + count] = bytes([value]) * count
+        else:
+            for block in range(count):
+                self._allocated[frame + (block << order)] = value
+
+    def migratetype(self, frame: int) -> int:
+        """Return the type of the pageblock that holds a frame, relative to base."""
+        return self._type[frame >> PAGEBLOCK_ORDER]
+
+    def one_migratetype(self, frame: int, count: int) -> bool:
+        """Whether a run of frames, relative to base, lies in pageblocks of one type."""
+        types = self._type[frame >> PAGEBLOCK_ORDER : (frame + count - 1 >> PAGEBLOCK_ORDER) + 1]
+        return types.count(types[0]) == len(types)
+
+    # ---- for free page reporting
+
+    def first(self, order: int, migratetype: int) -> int:
+        """Return the block at the head of a list, or -1."""
+        block = self._next[order][self._head[order] + migratetype]
+        return block if block < self._head[order] else -1
+
+    def after(self, order: int, block: int) -> int:
+        """Return the block that follows, or -1 at the end of the list."""
+        block = self._next[order][block]
+        return block if block < self._head[order] else -1
+
+    def reported(self, order: int, block: int) -> bool:
+        """Whether a free block carries the Reported flag."""
+        return bool(self._flags[order][block] & _REPORTED)
+
+    def rotate_to_front(self, order: int, migratetype: int, block: int) -> None:
+        """Make a block the first of its list, keeping the circle (list_rotate_to_front)."""
+        nxt, prv = self._next[order], self._prev[order]
+        head = self._head[order] + migratetype
+        if nxt[head] == block:
+            return
+        nxt[prv[head]], prv[nxt[head]] = nxt[head], prv[head]
+        last = prv[block]
+        nxt[last] = head
+        prv[head], nxt[head], prv[block] = last, block, head
+
+    def isolate(self, order: int, block: int) -> None:
+        """Take a free block off its list, for reporting (__isolate_free_page without its watermark check).
+
+        A block of half a pageblock or more makes its pageblocks movable.
+        """
+        self._del(order, block)
+        frame = block << order
+        if order >= PAGEBLOCK_ORDER - 1:
+            for pageblock in range(frame >> PAGEBLOCK_ORDER, (frame + (1 << order) - 1 >> PAGEBLOCK_ORDER) + 1):
+                self._type[pageblock] = MigrateType.MOVABLE
+
+    def putback(self, order: int, block: int, *, reported: bool) -> None:
+        """Put an isolated block back at the tail; flag it if it was reported and didn't merge (page_reporting_drain)."""
+        frame = block << order
+        merged = self._free_one(frame, order, self._type[frame >> PAGEBLOCK_ORDER], to_tail=True, notify=False)
+        if reported and merged == order:
+            self._flags[order][block] |= _REPORTED
+            self.nr_reported[order] += 1
+
+    # ---- watching
+
+    def free_blocks(self) -> Iterator[tuple[int, int, int, bool]]:
+        """Yield (pfn, order, migratetype, reported) of every free block: by order, type, and place on the list."""
+        for order in range(_ORDERS):
+            for migratetype in range(_TYPES):
+                block = self.first(order, migratetype)
+                while block >= 0:
+                    yield self.base + (block << order), order, migratetype, self.reported(order, block)
+                    block = self.after(order, block)
+
+
+def _words(values: "range | list[int]") -> memoryview:
+    return memoryview(array("I", values))

@@ -1,0 +1,234 @@
+"""GuestKernel: zones, page allocation, processes and timers of one guest.
+
+Page allocation is get_page_from_freelist() and the end of its slow path (mm/page_alloc.c, Linux 6.1): zones from the
+highest down, first above their low watermarks, then above min, then once more after draining the per-CPU lists; then
+there is no memory. Nothing can be reclaimed yet, so there is no kswapd between the two.
+
+Deviations: all RAM is managed (no kernel image, no struct pages: a guest that has done nothing uses nothing), the zones are
+flat, and one CPU runs the kernel; `cpus` only shares the per-CPU lists' high mark out.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from emu.clock import Clock
+from emu.errors import BadValue, GuestError
+from emu.guest.buddy import PAGEBLOCK_ORDER, Buddy, MigrateType
+from emu.guest.memory import GuestMemory, Op
+from emu.guest.process import Process
+from emu.guest.reporting import PageReporting
+from emu.guest.timers import Timers
+from emu.guest.zone import Zone, zone_spans, zone_watermarks
+from emu.ranges import Ranges
+from emu.units import FRAME_SIZE
+
+__all__ = ["GuestKernel"]
+
+Thp = Literal["always", "madvise", "never"]
+
+
+class GuestKernel:
+    """A guest's kernel over a guest's memory.
+
+    thp: which processes get huge pages (and, unless never, the higher watermarks that khugepaged sets). page_poison: the
+    byte that free frames are filled with, or None; 0 is init_on_free.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        clock: Clock,
+        *,
+        thp: Thp = "madvise",
+        cpus: int = 1,
+        page_poison: int | None = None,
+    ) -> None:
+        if thp not in ("always", "madvise", "never"):
+            raise BadValue(f"thp {thp!r} isn't known: always, madvise or never")
+        if not 1 <= cpus <= 1024:
+            raise BadValue(f"cpus {cpus!r} must be from 1 to 1024")
+        if page_poison is not None and not 0 <= page_poison <= 255:
+            raise BadValue(f"page poison {page_poison!r} isn't a byte")
+        self.memory = memory
+        self.clock = clock
+        self.thp = thp
+        self.page_poison = page_poison
+        self.timers = Timers()
+        self.reporting: PageReporting | None = None
+        self.processes: list[Process] = []
+        #: counters, as /proc/vmstat names them
+        self.vmstat = dict.fromkeys(
+            ("pgalloc", "pgfree", "pgfault", "thp_fault_alloc", "thp_fault_fallback", "thp_split_page", "drain_pages"), 0
+        )
+        self._pids = itertools.count(1)
+        self._key = itertools.count(1)
+        self._paused = False
+        spans = zone_spans(memory.frames)
+        managed = [frames for _, _, frames in spans]
+        marks = zone_watermarks(managed, thp=thp != "never")
+        self.zones = [
+            Zone(name, Buddy(frames, base=start), mark, above=sum(managed[i + 1 :]), cpus=cpus)
+            for i, ((name, start, frames), mark) in enumerate(zip(spans, marks, strict=True))
+        ]
+
+    def close(self) -> None:
+        """Let go of all tables and processes."""
+        for process in self.processes:
+            process.forget()
+        self.processes.clear()
+        for zone in self.zones:
+            zone.buddy.on_free = None
+            zone.buddy.release()
+        self.reporting = None
+
+    # ---- processes and time
+
+    def spawn(self, name: str) -> Process:
+        """Start a process."""
+        self.check_running()
+        process = Process(self, next(self._pids), name)
+        self.processes.append(process)
+        return process
+
+    def new_key(self) -> int:
+        """Return a content key space of 2^32 pages that no other mapping has."""
+        return next(self._key) << 32
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the guest: meanwhile no guest code runs, neither timers nor calls of its processes (GuestError)."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def check_running(self) -> None:
+        """Raise GuestError while the guest is paused."""
+        if self._paused:
+            raise GuestError("the guest is paused")
+
+    def run_timers(self) -> None:
+        """Run what is due now, unless the guest is paused."""
+        if not self._paused:
+            self.timers.run_due(self.clock.now())
+
+    @property
+    def next_timer(self) -> float | None:
+        """Guest time of the next timer; None when there is none, or while paused."""
+        return None if self._paused else self.timers.next_due
+
+    # ---- page allocation
+
+    def zone_of(self, pfn: int) -> Zone:
+        """Return the zone that holds a frame."""
+        for zone in self.zones:
+            if pfn < zone.buddy.base + zone.buddy.frames:
+                return zone
+        raise GuestError(f"pfn {pfn:#x} is outside the RAM")
+
+    def alloc_frames(
+        self, count: int, migratetype: MigrateType = MigrateType.MOVABLE
+    ) -> list[tuple[int, int, int]]:
+        """Allocate single frames; return (pfn, count, step) runs, step +1 or -1, in the order of allocation.
+
+        Fewer than asked for means out of memory: the caller has what there was above the min watermarks.
+        """
+        self.check_running()
+        runs: list[tuple[int, int, int]] = []
+        left = count
+        for attempt in ("low", "min", "drained"):
+            if attempt == "drained":
+                self.drain_pages()
+            for i in range(len(self.zones) - 1, -1, -1):
+                zone = self.zones[i]
+                mark = zone.watermarks.low if attempt == "low" else zone.watermarks.min
+                left = self._alloc_from(zone, left, migratetype, mark, runs)
+            if not left:
+                break
+        self.vmstat["pgalloc"] += count - left
+        return runs
+
+    @staticmethod
+    def _alloc_from(zone: Zone, left: int, migratetype: int, mark: int, runs: list[tuple[int, int, int]]) -> int:
+        # One watermark check and one list access a frame, many frames at a time: a refill changes what the check sees,
+        # taking from the list doesn't.
+        pcp = zone.pcp
+        while left:
+            headroom = zone.headroom(mark, reserve=True)
+            if headroom <= 0:
+                break
+            if not pcp.available(0, migratetype):
+                batches = min(-(-left // pcp.batch), -(-headroom // pcp.batch))
+                if not pcp.refill(0, migratetype, batches):
+                    break
+            take = min(left, pcp.available(0, migratetype))
+            while take:
+                run = pcp.alloc(0, migratetype, take)
+                runs.append(run)
+                take -= run[1]
+                left -= run[1]
+        return left
+
+    def alloc_huge(self) -> int | None:
+        """Allocate a block of order 9 for a huge page; None when there is none (the fault falls back to 4 KiB)."""
+        self.check_running()
+        for low in (True, False):
+            for zone in reversed(self.zones):
+                mark = zone.watermarks.low if low else zone.watermarks.min
+                if not zone.watermark_ok(PAGEBLOCK_ORDER, mark, reserve=True):
+                    continue
+                if zone.pcp.available(PAGEBLOCK_ORDER, MigrateType.MOVABLE) or zone.pcp.refill(
+                    PAGEBLOCK_ORDER, MigrateType.MOVABLE
+                ):
+                    self.vmstat["pgalloc"] += 1 << PAGEBLOCK_ORDER
+                    return zone.pcp.alloc(PAGEBLOCK_ORDER, MigrateType.MOVABLE)[0]
+        return None
+
+    def free_pages(self, runs: Iterable[tuple[int, int]], order: int = 0) -> None:
+        """Free runs of allocated blocks, (pfn, blocks) each, in order."""
+        self.check_running()
+        for pfn, count in runs:
+            self.vmstat["pgfree"] += count << order
+            if self.page_poison is not None:  # kernel_poison_pages(): before the allocator has them
+                self.memory.vcpu(Op.SET, Ranges.of([(pfn, count << order)]), self.page_poison)
+            while count:
+                zone = self.zone_of(pfn)
+                part = min(count, (zone.buddy.base + zone.buddy.frames - pfn) >> order)
+                zone.pcp.free(pfn, order, part)
+                pfn += part << order  # noqa: PLW2901
+                count -= part  # noqa: PLW2901
+
+    def drain_pages(self) -> None:
+        """Give all per-CPU lists back to the buddy (drain_all_pages)."""
+        self.vmstat["drain_pages"] += 1
+        for zone in self.zones:
+            zone.pcp.drain()
+
+    # ---- watching
+
+    @property
+    def ram_bytes(self) -> int:
+        return self.memory.frames * FRAME_SIZE
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes on the free lists (MemFree)."""
+        return sum(zone.buddy.free_frames for zone in self.zones) * FRAME_SIZE
+
+    @property
+    def pcp_bytes(self) -> int:
+        """Bytes on per-CPU lists: freed, but neither in MemFree nor visible to reporting."""
+        return sum(zone.pcp.count for zone in self.zones) * FRAME_SIZE
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that somebody in the guest holds."""
+        return self.ram_bytes - self.free_bytes - self.pcp_bytes
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of page cache: this guest has no disk, and so none."""
+        return 0

@@ -1,0 +1,168 @@
+"""Machine: one guest on one host, with one mechanism between them, on one clock."""
+
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from emu.clock import Clock, make_clock
+from emu.errors import BadValue, ClosedError
+from emu.guest.kernel import GuestKernel
+from emu.host.hypervisor import Hypervisor
+from emu.mechanisms import Mechanism, make_mechanism
+from emu.observe.snapshot import Snapshot, take_snapshot
+from emu.observe.vmstat import read_vmstat
+from emu.ram import GuestRam
+from emu.units import parse_duration
+
+__all__ = ["DEFAULT_SPEED", "Machine"]
+
+DEFAULT_SPEED = 10.0  # guest seconds a second: reporting alone takes 30 of them
+
+
+class Machine:
+    """A machine.
+
+    ram: bytes or text. mechanism: NAME[:key=value,...], or a Mechanism. on_return: what the host does with returned memory,
+    "now" or "lazy". clock, or speed: a factor, "real", or "step"; without either, guest time runs 10 times as fast.
+    guest_thp: the guest's transparent huge page setting. cpus: the guest's. service, uffd, fault_around, service_cpu,
+    disable: as in GuestRam.
+
+    Raises BadValue for arguments, HostError for what this machine can't give.
+    """
+
+    def __init__(
+        self,
+        ram: int | str = "1GiB",
+        mechanism: str | Mechanism = "none",
+        *,
+        on_return: str = "now",
+        clock: Clock | None = None,
+        speed: float | str | None = None,
+        guest_thp: Literal["always", "madvise", "never"] = "madvise",
+        cpus: int = 1,
+        service: Literal["auto", "inline", "thread"] = "auto",
+        uffd: Literal["auto", "full", "user", "off"] = "auto",
+        fault_around: int = 1,
+        service_cpu: int | None = None,
+        disable: str | Iterable[str] = (),
+    ) -> None:
+        if clock is not None and speed is not None:
+            raise BadValue("give a clock or a speed, not both")
+        self.mechanism = make_mechanism(mechanism) if isinstance(mechanism, str) else mechanism
+        self.clock = clock or make_clock(DEFAULT_SPEED if speed is None else speed)
+        self._closed = False
+        self._ram = GuestRam(
+            ram, service=service, uffd=uffd, fault_around=fault_around, service_cpu=service_cpu, disable=disable
+        )
+        try:
+            self._host = Hypervisor(self._ram, on_return=on_return)
+            self._guest = GuestKernel(self._ram, self.clock, thp=guest_thp, cpus=cpus)
+            self.mechanism.attach(self._guest, self._host)
+        except BaseException:
+            self._ram.close()
+            raise
+
+    # ---- parts
+
+    @property
+    def ram(self) -> GuestRam:
+        """The guest's memory."""
+        return self._ram
+
+    @property
+    def guest(self) -> GuestKernel:
+        """The guest's kernel. Raises ClosedError after close()."""
+        self._check()
+        return self._guest
+
+    @property
+    def host(self) -> Hypervisor:
+        """The host. Raises ClosedError after close()."""
+        self._check()
+        return self._host
+
+    def _check(self) -> None:
+        if self._closed:
+            raise ClosedError("this machine is closed")
+
+    def close(self) -> None:
+        """Give everything back. A second call does nothing."""
+        if self._closed:
+            return
+        self._ram.close()
+        self._closed = True
+        self._guest.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    # ---- time
+
+    def run_for(self, seconds: float | str) -> None:
+        """Let guest time pass; the guest's timers run as they come due."""
+        self._check()
+        self._run_until(self.clock.now() + parse_duration(seconds), lambda: False)
+
+    def settle(self, timeout: float | str = 600.0) -> bool:
+        """Let guest time pass until nothing is on its way back, or timeout guest seconds; return whether it settled."""
+        self._check()
+        return self._run_until(
+            self.clock.now() + parse_duration(timeout, "timeout"), lambda: not self.mechanism.pending(self._guest)
+        )
+
+    def _run_until(self, end: float, done: Callable[[], bool]) -> bool:
+        while not done():
+            due = self._guest.next_timer
+            if due is None or due > end:
+                self.clock.sleep_until(end)
+                self._guest.run_timers()
+                return done()
+            self.clock.sleep_until(due)
+            self._guest.run_timers()
+        return True
+
+    # ---- watching
+
+    @property
+    def rss_bytes(self) -> int:
+        """Resident bytes of the guest's RAM, from the kernel."""
+        self._check()
+        return self._ram.rss_bytes
+
+    @property
+    def lazyfree_bytes(self) -> int:
+        """Of those, what the kernel may drop without an event, from the kernel."""
+        self._check()
+        return self._ram.lazyfree_bytes
+
+    @property
+    def footprint_bytes(self) -> int:
+        """What the host really holds for this guest: RSS and tables."""
+        return self.host.footprint_bytes
+
+    def snapshot(self) -> Snapshot:
+        """Return a picture of now."""
+        self._check()
+        return take_snapshot(self.clock.now(), self.mechanism.name, self._guest, self._host)
+
+    def stats(self) -> dict[str, int]:
+        """Return all counters, of guest, host and core."""
+        self._check()
+        return read_vmstat(self._guest, self._host)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a measurement must say of itself: service, placement, rung, clock, policy."""
+        self._check()
+        ram = self._ram
+        return {
+            "clock": self.clock.name,
+            "service": ram.service,
+            "service_cpu": ram.service_cpu,
+            "fault_around": ram.fault_around,
+            "uffd": ram.rung.name.lower(),
+            "process_madvise": ram.vectored,
+            "on_return": self._host.discard.policy,
+        }

@@ -1,0 +1,62 @@
+"""Mechanisms: one file each, a registry of names, and how "reporting:order=0,delay=250ms" becomes one.
+
+To add one, copy _template.py, and name it in MECHANISMS below.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+from emu.errors import BadValue
+from emu.guest.kernel import GuestKernel
+from emu.host.hypervisor import Hypervisor
+from emu.mechanisms.none import NoMechanism
+from emu.mechanisms.reporting import Reporting
+
+__all__ = ["ALIASES", "MECHANISMS", "Mechanism", "make_mechanism"]
+
+
+class Mechanism(Protocol):
+    """A way of giving memory back: guest drivers and a host policy, wired together. A dataclass; its fields are its settings."""
+
+    name: ClassVar[str]
+    #: field -> how to read it from text
+    parsers: ClassVar[dict[str, Callable[[str], Any]]]
+
+    def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
+        """Wire guest and host together, once, before the guest does anything."""
+
+    def pending(self, guest: GuestKernel) -> bool:
+        """Whether something is still on its way back (Machine.settle waits for it)."""
+
+
+MECHANISMS: dict[str, type[Mechanism]] = {cls.name: cls for cls in (NoMechanism, Reporting)}
+ALIASES = {"fpr": "reporting", "free-page-reporting": "reporting"}
+
+
+def make_mechanism(text: str) -> Mechanism:
+    """Return a mechanism from its name and settings, NAME[:key=value,...]. Raises BadValue."""
+    name, _, rest = text.partition(":")
+    name = ALIASES.get(name, name)
+    if name not in MECHANISMS:
+        raise BadValue(f"mechanism {name!r} isn't known: {', '.join([*MECHANISMS, *ALIASES])}")
+    cls = MECHANISMS[name]
+    settings: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if key not in cls.parsers or not equals:
+            known = ", ".join(f"{key}=..." for key in cls.parsers) or "it has none"
+            raise BadValue(f"setting {item!r} of mechanism {name} isn't known: {known}")
+        try:
+            settings[key] = cls.parsers[key](value)
+        except BadValue:
+            raise
+        except ValueError:
+            raise BadValue(f"setting {key}={value!r} of mechanism {name} can't be read") from None
+    return cls(**settings)
+
+
+def settings_of(mechanism: Mechanism) -> dict[str, Any]:
+    """Return a mechanism's settings by name."""
+    assert dataclasses.is_dataclass(mechanism)
+    return dataclasses.asdict(mechanism)

@@ -1,0 +1,42 @@
+"""NAME: one sentence. Copy this file, rename the class, and add it to MECHANISMS in __init__.py.
+
+Say who decides, whether guest code runs when memory is taken, and what it can't see. Then the settings: name, unit,
+range, default.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from emu.guest.kernel import GuestKernel
+from emu.host.hypervisor import Hypervisor
+from emu.ranges import Ranges
+from emu.units import parse_duration
+
+__all__ = ["Eager"]
+
+
+@dataclass(frozen=True, slots=True)
+class Eager:
+    """An example that works: every `period`, hand over every free block of order 10, with no flag and no budget."""
+
+    period: float = 5.0
+
+    name: ClassVar[str] = "eager"
+    parsers: ClassVar[dict[str, Callable[[str], Any]]] = {"period": lambda text: parse_duration(text, "period")}
+
+    def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
+        """Queue the first round. A driver in the guest may look at the guest only; what it finds goes to the host."""
+
+        def round_() -> None:
+            ranges = Ranges.of(
+                (pfn, 1 << order) for zone in guest.zones for pfn, order, _, _ in zone.buddy.free_blocks() if order == 10
+            )
+            host.discard.frames(ranges)
+            guest.timers.at(guest.clock.now() + self.period, round_)
+
+        guest.timers.at(guest.clock.now() + self.period, round_)
+
+    def pending(self, guest: GuestKernel) -> bool:
+        """Nothing to wait for: it goes on for ever."""
+        return False

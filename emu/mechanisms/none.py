@@ -1,0 +1,24 @@
+"""none: nothing is given back. The reference: a guest's RSS is its high-water mark."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from emu.guest.kernel import GuestKernel
+from emu.host.hypervisor import Hypervisor
+
+__all__ = ["NoMechanism"]
+
+
+@dataclass(frozen=True, slots=True)
+class NoMechanism:
+    """Nothing."""
+
+    name: ClassVar[str] = "none"
+    parsers: ClassVar[dict[str, Callable[[str], Any]]] = {}
+
+    def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
+        """There is nothing to wire."""
+
+    def pending(self, guest: GuestKernel) -> bool:
+        return False

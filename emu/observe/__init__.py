@@ -1,0 +1,1 @@
+"""Watching: counters and snapshots. Reads guest and host, changes neither."""

@@ -1,0 +1,1 @@
+"""virtio vocabulary, shared by guest and host. No behaviour."""
