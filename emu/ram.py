@@ -173,7 +173,8 @@ class GuestRam:
         # at least one whole guard page on either side
         self._base = (start + FRAME_SIZE + _ALIGN - 1) & -_ALIGN
         self._offset = self._base - start
-        self._mapping.madvise(mmap.MADV_NOHUGEPAGE)
+        # on the RAM alone: a guard with the same flags as a frame made inaccessible (poison) would merge with its VMA
+        self._mapping.madvise(mmap.MADV_NOHUGEPAGE, self._offset, self.size)
         self._mapping.madvise(mmap.MADV_DONTFORK)
         _guard(start, self._offset)
         _guard(self._base + self.size, length - self._offset - self.size)

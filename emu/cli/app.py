@@ -1,0 +1,58 @@
+"""The root of the command line, and what a failure looks like to a shell.
+
+Exit codes: 0; 1 for a run that failed; 2 for bad input, with one line on stderr that names the value and the limit; 130
+after Ctrl-C, with everything released.
+"""
+
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from cyclopts import App, CycloptsError
+from rich.console import Console
+
+from emu import __version__
+from emu.cli import doctor, run
+from emu.errors import BadValue, EmuError
+
+__all__ = ["app", "main"]
+
+app = App(
+    name="emu",
+    version=f"emu {__version__}",
+    help="A guest's memory on a desk: real pages, real page faults, real RSS, no virtual machine.",
+)
+app.command(doctor.doctor)
+app.command(run.app)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    # unwind as Ctrl-C does, so that the terminal is restored and the memory released
+    raise SystemExit(128 + number)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; return its exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    try:
+        code = app(
+            sys.argv[1:] if argv is None else argv, exit_on_error=False, print_error=False, result_action="return_value"
+        )
+    except CycloptsError as error:
+        errors.print(f"emu: {' '.join(str(error).split())}")
+        return 2
+    except BadValue as error:
+        errors.print(f"emu: {error}")
+        return 2
+    except EmuError as error:
+        errors.print(f"emu: {error}")
+        return 1
+    except BrokenPipeError:  # the reader (head, less) has gone: say no more
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        errors.print("emu: interrupted")
+        return 130
+    return code if isinstance(code, int) else 0

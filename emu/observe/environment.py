@@ -1,0 +1,198 @@
+"""The machine that emu runs on: what every measurement must say of it, and what `emu doctor` finds by trying.
+
+A feature counts as there when it did what it should, on memory of our own, not when a version number promises it.
+"""
+
+import os
+import platform
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from emu import residency
+from emu.errors import EmuError
+from emu.ram import GuestRam
+from emu.uffd import Features, Probe, probe
+from emu.units import format_size
+
+__all__ = ["Check", "check_features", "environment"]
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def _chosen(path: str) -> str:
+    # "always [madvise] never" -> madvise
+    text = _read(path) or ""
+    return text[text.find("[") + 1 : text.find("]")] if "[" in text else text or "unknown"
+
+
+def _cgroup_limit() -> int | None:
+    """Bytes of the tightest memory limit above this process, cgroup v2 or v1; None when there is none."""
+    limits = []
+    for line in (_read("/proc/self/cgroup") or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, name = Path("/sys/fs/cgroup"), "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        while True:
+            text = _read(str(folder / name))
+            if text and text.isdigit() and int(text) < 1 << 60:
+                limits.append(int(text))
+            if folder == root or root not in folder.parents:
+                break
+            folder = folder.parent
+    return min(limits, default=None)
+
+
+def environment() -> dict[str, Any]:
+    """Return the facts about this machine that bear on a measurement. Sizes are bytes; None = no limit."""
+    rlimit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    can = probe()
+    return {
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "swap_bytes": psutil.swap_memory().total,
+        "thp": _chosen("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "cgroup_limit_bytes": _cgroup_limit(),
+        "overcommit_memory": int(_read("/proc/sys/vm/overcommit_memory") or -1),
+        "rlimit_as_bytes": None if rlimit == resource.RLIM_INFINITY else rlimit,
+        "uffd_rung": can.rung.name.lower(),
+        "uffd_door": can.door,
+        "uffd_why": can.why,
+        "uffd_features": [feature.name or hex(feature) for feature in can.features],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing tried: whether it worked, what was seen, and what emu does without it."""
+
+    name: str
+    ok: bool
+    seen: str
+    instead: str
+
+
+_SIZE = 1 << 20
+_FRAMES = _SIZE // 4096
+
+
+def _expect(got: object, wanted: object, what: str) -> None:
+    if got != wanted:
+        raise EmuError(f"{what}: {got}, wanted {wanted}")
+
+
+def _try_inline() -> str:
+    with GuestRam(_SIZE, service="inline") as ram:
+        ram.touch(0, _FRAMES)
+        _expect(ram.rss_bytes, _SIZE, "RSS after touching")
+        return f"{_FRAMES} faults served by SIGBUS"
+
+
+def _try_thread() -> str:
+    with GuestRam(_SIZE, service="thread") as ram:
+        ram.touch(0, _FRAMES)
+        _expect(ram.rss_bytes, _SIZE, "RSS after touching")
+        return f"{_FRAMES} faults served by a thread"
+
+
+def _try_poison(can: Probe) -> str:
+    if Features.POISON not in can.features:
+        raise EmuError("no UFFD_FEATURE_POISON (Linux 6.6)")
+    with GuestRam(_SIZE, service="thread") as ram:
+        ram.poison([(3, 1)])
+        try:
+            ram.read(3 * 4096, 1)
+        except EmuError:
+            return "a poisoned frame raised, and didn't read as zero"
+        raise EmuError("a poisoned frame could be read")
+
+
+def _try_process_madvise() -> str:
+    with GuestRam(_SIZE, uffd="off") as ram:
+        if not ram.vectored:
+            raise EmuError("a process can't MADV_DONTNEED itself by process_madvise (Linux 6.13)")
+        ram.touch(0, _FRAMES)
+        ram.discard([(gfn, 1) for gfn in range(0, _FRAMES, 2)])
+        _expect(ram.rss_bytes, _SIZE // 2, "RSS after discarding every other frame")
+        return f"{_FRAMES // 2} ranges in {ram.stats()['discard_calls']} call"
+
+
+def _try_pagemap_scan() -> str:
+    with GuestRam(_SIZE, uffd="off") as ram:
+        ram.touch(0, 100)
+        ram.touch(100, 10, write=False)
+        scan = residency.scan(ram.address, ram.size)
+        if scan is None:
+            raise EmuError("no PAGEMAP_SCAN (Linux 6.7)")
+        _expect((scan.rss, scan.zeropage), (100 * 4096, 10 * 4096), "resident and zero pages")
+        return "resident and zero pages told apart"
+
+
+def _try_lazy() -> str:
+    with GuestRam(_SIZE, uffd="off") as ram:
+        ram.fill(0, _FRAMES, seed=1)
+        ram.lazy_free([(0, _FRAMES)])
+        ram.fill(0, 16, seed=2)
+        dropped = ram.lazy_drop()
+        _expect(ram.verify(0, 16, seed=2), [], "written frames that were dropped")
+        if not dropped:
+            raise EmuError("MADV_PAGEOUT dropped nothing")
+        return f"{dropped} of {_FRAMES - 16} lazily freed frames dropped on demand"
+
+
+def check_features(mechanisms: dict[str, Callable[[], str]]) -> list[Check]:
+    """Try each feature that emu uses, then each mechanism; nothing raises."""
+    can = probe()
+    why = f" ({can.why})" if can.why else ""
+
+    def rung() -> str:
+        if can.rung == 0:
+            raise EmuError(can.why or "no userfaultfd")
+        return f"{can.rung.name.lower()}, by {can.door}{why}"
+
+    tries: list[tuple[str, Callable[[], str], str]] = [
+        ("userfaultfd", rung, "the kernel zero-fills; discard and reporting work, the books are kept by the accesses"),
+        ("inline fault service", _try_inline, "the thread service"),
+        ("thread fault service", _try_thread, "the inline service, or none"),
+        ("UFFDIO_POISON", lambda: _try_poison(can), "lost frames are made inaccessible (an access dies by SIGSEGV)"),
+        ("process_madvise on ourselves", _try_process_madvise, "one madvise per range: 3x the time for scattered frames"),
+        ("PAGEMAP_SCAN", _try_pagemap_scan, "RSS by smaps; buffers that aren't a whole VMA by mincore"),
+        ("MADV_FREE and MADV_PAGEOUT", _try_lazy, "--return lazy gives memory back only when the kernel wants it"),
+        *((f"mechanism {name}", attempt, "-") for name, attempt in mechanisms.items()),
+    ]
+    checks = []
+    for name, attempt, instead in tries:
+        try:
+            checks.append(Check(name, True, attempt(), ""))
+        except EmuError as error:
+            checks.append(Check(name, False, str(error), instead))
+    return checks
+
+
+def describe_limits(facts: dict[str, Any]) -> list[str]:
+    """Return what stands in the way of a large guest, each with its remedy."""
+    notes = []
+    if facts["overcommit_memory"] == 2:
+        notes.append("vm.overcommit_memory=2 counts a guest's whole RAM as used when it is mapped: set it to 0 or 1")
+    if facts["rlimit_as_bytes"] is not None:
+        notes.append(f"RLIMIT_AS is {format_size(facts['rlimit_as_bytes'])}: a larger guest can't be mapped (ulimit -v)")
+    if facts["cgroup_limit_bytes"] is not None:
+        notes.append(f"the cgroup holds at most {format_size(facts['cgroup_limit_bytes'])}: a guest touching more is killed")
+    return notes

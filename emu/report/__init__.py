@@ -1,0 +1,1 @@
+"""Reporters: they read results and snapshots, never guest or host."""

@@ -1,0 +1,36 @@
+"""Workloads: what a guest does. One file each: a generator of steps over a machine.
+
+A step does some guest work and yields; the runner then lets `wait` seconds of guest time pass, sampling, and records a row
+under the step's name. A workload counts the frames whose content it checked, and the wrong ones.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from emu.machine import Machine
+
+__all__ = ["Step", "Workload"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A row of the result: its name, and the guest seconds to let pass before it is taken."""
+
+    name: str
+    wait: float = 0.0
+
+
+class Workload(Protocol):
+    """One workload with its parameters."""
+
+    name: ClassVar[str]
+    #: frames whose content was compared, and those that differed
+    verified_frames: int
+    corrupt_frames: int
+
+    def steps(self, machine: Machine) -> Iterator[Step]:
+        """Work on the machine's guest, yielding after each step."""
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the parameters, for the result."""

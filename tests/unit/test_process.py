@@ -1,0 +1,167 @@
+"""emu.guest.process and kernel, on memory without faults."""
+
+import random
+
+import pytest
+
+from emu.errors import BadValue, GuestError, OutOfMemory
+from emu.guest.kernel import GuestKernel
+from emu.testing import ReferenceMemory, StepClock
+
+MIB = 1 << 20
+
+
+def boot(size="64MiB", **options):
+    memory = ReferenceMemory(size)
+    return memory, GuestKernel(memory, StepClock(), **options)
+
+
+def test_a_frame_comes_at_the_first_write_cleared():
+    """What its last owner wrote is gone; a read takes no frame."""
+    _, kernel = boot()
+    process = kernel.spawn("a")
+    memory = process.mmap("1MiB")
+    memory.touch(write=False)
+    assert kernel.used_bytes == 0
+    assert memory.read(0, MIB) == bytes(MIB)
+    memory.fill(seed=5)
+    assert kernel.used_bytes == MIB
+    assert memory.verify(seed=5) == []
+    memory.munmap()
+    assert kernel.used_bytes == 0
+    again = process.mmap("1MiB")
+    again.touch()
+    assert again.read(0, MIB) == bytes(MIB)
+
+
+def test_a_mixed_up_page_is_found():
+    """Content follows from the page's place, so two swapped pages are two wrong ones."""
+    _, kernel = boot()
+    memory = kernel.spawn("a").mmap("64KiB")
+    memory.fill(seed=1)
+    table = memory._frame
+    table[3], table[9] = table[9], table[3]
+    assert memory.verify(seed=1) == [3 * 4096, 9 * 4096]
+    assert memory.verify(seed=1, offset=4 * 4096, length=4096) == []
+
+
+def test_bytes_written_are_bytes_read_across_pages():
+    """Whatever the alignment."""
+    _, kernel = boot()
+    memory = kernel.spawn("a").mmap("64KiB")
+    data = random.Random(1).randbytes(10000)
+    memory.write(3001, data)
+    assert memory.read(3001, 10000) == data
+    assert memory.read(0, 3001) == bytes(3001)
+    memory.write(4096, bytes(4096))
+    assert memory.read(3001, 10000) == data[:1095] + bytes(4096) + data[5191:]
+
+
+def test_parts_are_unmapped_and_can_not_be_used_any_more():
+    """munmap of a part frees its frames; madvise_dontneed keeps the mapping."""
+    _, kernel = boot()
+    process = kernel.spawn("a")
+    memory = process.mmap("1MiB")
+    memory.fill(seed=2)
+    memory.munmap("256KiB", "512KiB")
+    assert process.rss_bytes == MIB // 2
+    assert memory.verify(seed=2, length="256KiB") == []
+    assert memory.verify(seed=2, offset="768KiB") == []
+    with pytest.raises(BadValue, match="aren't mapped"):
+        memory.touch("256KiB", 4096)
+    memory.madvise_dontneed(0, "128KiB")
+    assert memory.read(0, 4096) == bytes(4096)
+    assert process.rss_bytes == MIB // 2 - MIB // 8
+    process.exit()
+    assert kernel.used_bytes == 0
+    with pytest.raises(GuestError, match="has exited"):
+        process.mmap(4096)
+
+
+def test_huge_pages_are_taken_whole_and_split_when_cut():
+    """thp=True on madvise; always; never."""
+    _, kernel = boot()
+    memory = kernel.spawn("a").mmap("8MiB", thp=True)
+    memory.touch(0, 4096)
+    assert kernel.used_bytes == 2 * MIB
+    memory.fill(seed=1)
+    assert kernel.vmstat["thp_fault_alloc"] == 4
+    memory.munmap("1MiB", "2MiB")  # halves of the first two
+    assert kernel.vmstat["thp_split_page"] == 2
+    assert kernel.used_bytes == 6 * MIB
+    assert memory.verify(seed=1, offset="3MiB") == []
+    memory.munmap()
+    assert kernel.used_bytes == 0
+    for thp, used in (("always", 2 * MIB), ("never", 4096)):
+        _, kernel = boot(thp=thp)
+        kernel.spawn("a").mmap("4MiB", thp=True).touch("2MiB", 4096)
+        assert kernel.used_bytes == used
+
+
+def test_out_of_memory_is_an_error_of_that_process():
+    """What was had stays mapped; the min watermark and the reserve stay free; freeing makes it work again."""
+    _, kernel = boot()
+    process = kernel.spawn("hog")
+    memory = process.mmap("128MiB")
+    with pytest.raises(OutOfMemory, match=r"process 1 \(hog\).*min watermark") as caught:
+        memory.fill(seed=3)
+    assert caught.value.wanted > 0
+    assert process.rss_bytes == kernel.used_bytes > 40 * MIB
+    assert kernel.free_bytes >= sum(zone.watermarks.min for zone in kernel.zones) * 4096
+    small = kernel.spawn("other").mmap(4096)
+    with pytest.raises(OutOfMemory):
+        small.touch()
+    process.exit()
+    small.touch()
+    assert kernel.used_bytes == 4096
+
+
+def test_used_free_and_per_cpu_add_up_to_the_ram():
+    """At any time."""
+    _, kernel = boot()
+    rng = random.Random(3)
+    maps = []
+    for _ in range(200):
+        if maps and rng.random() < 0.5:
+            maps.pop(rng.randrange(len(maps))).munmap()
+        else:
+            maps.append(kernel.spawn("p").mmap(4096 * rng.randrange(1, 300), thp=rng.random() < 0.3))
+            maps[-1].touch()
+        assert kernel.used_bytes + kernel.free_bytes + kernel.pcp_bytes == kernel.ram_bytes
+        assert kernel.used_bytes == sum(m.present for m in maps) * 4096
+
+
+def test_a_paused_guest_runs_nothing():
+    """Neither calls nor timers."""
+    _, kernel = boot()
+    memory = kernel.spawn("a").mmap(4096)
+    seen = []
+    kernel.timers.at(0, lambda: seen.append(1))
+    with kernel.paused():
+        with pytest.raises(GuestError, match="paused"):
+            memory.touch()
+        kernel.run_timers()
+        assert kernel.next_timer is None
+        assert seen == []
+    kernel.run_timers()
+    assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: m.touch(1), "multiples of the page size"),
+        (lambda m: m.touch(0, "2MiB"), "outside the mapping"),
+        (lambda m: m.read(MIB - 1, 2), "outside the mapping"),
+        (lambda m: m.write(MIB, b"x"), "outside the mapping"),
+        (lambda m: m.munmap(0, 5000), "multiples"),
+        (lambda m: m.process.mmap(0), "is 0"),
+        (lambda m: m.process.mmap(5000), "multiple of the frame size"),
+    ],
+)
+def test_bad_ranges_are_refused(call, words):
+    """With the numbers."""
+    _, kernel = boot()
+    memory = kernel.spawn("a").mmap("1MiB")
+    with pytest.raises(BadValue, match=words):
+        call(memory)
