@@ -24,6 +24,9 @@ __all__ = [
 ]
 
 
+_EHWPOISON = 133  # include/uapi/asm-generic/errno.h; Python's errno module doesn't have it
+
+
 class EmuError(Exception):
     """Root of all errors that emu raises."""
 
@@ -81,10 +84,10 @@ class GuestMemoryError(EmuError):
 
     def __init__(self, errno: int, gfn: int, done: int) -> None:
         why = {
-            "EHWPOISON": "the frame is poisoned (LOST): its content is gone; ram.unpoison() makes it usable again",
-            "EFAULT": "the frame's page was taken behind our back (a madvise on the mapping?)",
-            "ENOMEM": "the host has no memory for it (a cgroup's limit?)",
-        }.get(_errno.errorcode.get(errno, ""), os.strerror(errno))
+            _EHWPOISON: "the frame is poisoned (LOST): its content is gone; ram.unpoison() makes it usable again",
+            _errno.EFAULT: "the frame's page was taken behind our back (a madvise on the mapping?)",
+            _errno.ENOMEM: "the host has no memory for it (a cgroup's limit?)",
+        }.get(errno, os.strerror(errno))
         super().__init__(f"guest frame {gfn:#x}: {why}")
         self.errno = errno
         self.gfn = gfn

@@ -8,11 +8,13 @@ Guest bytes are reached by read, write, touch, fill, verify and install: C calls
 as unsafe_view(). Ranges are [(gfn, count), ...] in frames; gpa is a byte address in the guest, gfn * 4096.
 """
 
+import ctypes
 import enum
 import errno
 import mmap
 import os
 import warnings
+import weakref
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -125,7 +127,7 @@ class GuestRam:
         self._uffd: Userfaultfd | None = None
         self._mapping: mmap.mmap | None = None
         self._lease: Any = None
-        self._views: list[memoryview] = []
+        self._views: list[tuple[weakref.ref[memoryview], weakref.ref[Any]]] = []
         self.size = parse_ram_size(size)
         self.frames = self.size // FRAME_SIZE
         off = _native.disabled(disable)
@@ -214,12 +216,15 @@ class GuestRam:
 
         Raises BadValue while somebody still holds an unsafe_view() or a slice of one.
         """
-        for view in list(self._views):
-            try:
-                view.release()
-            except BufferError:
-                raise BadValue("an unsafe_view() of this guest RAM is still in use: release it before close()") from None
-            self._views.remove(view)
+        for view, _ in self._views:
+            if (held := view()) is not None:
+                try:
+                    held.release()
+                except BufferError:
+                    pass  # exported further: its exporter is alive, which is what counts
+        self._views = [(view, exporter) for view, exporter in self._views if exporter() is not None]
+        if self._views:
+            raise BadValue("an unsafe_view() of this guest RAM, or a slice of one, is still in use: release it first")
         if self._region is not None:
             self._region.close()
         self._release()
@@ -244,10 +249,7 @@ class GuestRam:
         region = getattr(self, "_region", None)
         if region is not None and not region.closed:
             warnings.warn(f"guest RAM of {format_size(self.size)} wasn't closed", ResourceWarning, source=self, stacklevel=2)
-            try:
-                self.close()
-            except BadValue:
-                pass  # a view outlives us; the mapping goes with it
+            self.close()
 
     @property
     def closed(self) -> bool:
@@ -321,9 +323,13 @@ class GuestRam:
         service, and writes through the view reach zero-mapped frames without our books.
         """
         self._core.check()
-        assert self._mapping is not None
-        view = memoryview(self._mapping)[self._offset : self._offset + self.size]
-        self._views.append(view)
+        # The exporter holds us, so that a view keeps its memory mapped and served; close() sees whether it is alive.
+        exporter = type("_Exporter", (ctypes.Array,), {"_type_": ctypes.c_ubyte, "_length_": self.size}).from_address(
+            self._base
+        )
+        exporter.ram = self
+        view = memoryview(exporter).cast("B")
+        self._views.append((weakref.ref(view), weakref.ref(exporter)))
         return view
 
     def _check_bytes(self, gpa: int, n: int) -> None:

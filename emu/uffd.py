@@ -227,8 +227,8 @@ class Userfaultfd:
         rung: Rung = Rung.FULL,
         disable: str | frozenset[str] = frozenset(),
     ) -> None:
-        off = _native.disabled(disable)
         self._fd = -1
+        off = _native.disabled(disable)
         # A second handshake on one descriptor is EINVAL: what exists is asked on one that is thrown away.
         offered = probe(off).features
         if missing := required & ~offered:
