@@ -155,7 +155,9 @@ class Region:
             return RangeError(f"outside the RAM, which has {self.frames} frames", frames=self.frames)
         if err == -errno.EOWNERDEAD:
             dead = os.strerror(self._call(lib.emu_region_dead))
-            return ServiceDeadError(f"the fault service has died ({dead}); its missing frames are poisoned: close the RAM")
+            return ServiceDeadError(
+                f"the fault service has died ({dead}); its missing frames are poisoned: close the RAM"
+            )
         if err == -errno.EINVAL:
             return BadValue("the core refused the arguments")
         if progress is None:

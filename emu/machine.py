@@ -22,10 +22,10 @@ DEFAULT_SPEED = 10.0  # guest seconds a second: reporting alone takes 30 of them
 class Machine:
     """A machine.
 
-    ram: bytes or text. mechanism: NAME[:key=value,...], or a Mechanism. on_return: what the host does with returned memory,
-    "now" or "lazy". clock, or speed: a factor, "real", or "step"; without either, guest time runs 10 times as fast.
-    guest_thp: the guest's transparent huge page setting. cpus: the guest's. service, uffd, fault_around, service_cpu,
-    disable: as in GuestRam.
+    ram: bytes or text. mechanism: NAME[:key=value,...], or a Mechanism. on_return: what the host does with returned
+    memory, "now" or "lazy". clock, or speed: a factor, "real", or "step"; without either, guest time runs 10 times as
+    fast. guest_thp: the guest's transparent huge page setting. cpus: the guest's. service, uffd, fault_around,
+    service_cpu, disable: as in GuestRam.
 
     Raises BadValue for arguments, HostError for what this machine can't give.
     """

@@ -4,8 +4,8 @@ The mapping is private anonymous memory (Python's default, MAP_SHARED, would kee
 aligned to 2 MiB so that guest and host agree on what a block is, with inaccessible guard pages on both sides so that it
 never shares a VMA with a neighbour, MADV_NOHUGEPAGE so that RSS is exact to the frame, and MADV_DONTFORK.
 
-Guest bytes are reached by read, write, touch, fill, verify and install: C calls with the GIL released. A raw view exists
-as unsafe_view(). Ranges are [(gfn, count), ...] in frames; gpa is a byte address in the guest, gfn * 4096.
+Guest bytes are reached by read, write, touch, fill, verify and install: C calls with the GIL released. A raw view
+exists as unsafe_view(). Ranges are [(gfn, count), ...] in frames; gpa is a byte address in the guest, gfn * 4096.
 """
 
 import ctypes
@@ -248,7 +248,9 @@ class GuestRam:
     def __del__(self) -> None:
         region = getattr(self, "_region", None)
         if region is not None and not region.closed:
-            warnings.warn(f"guest RAM of {format_size(self.size)} wasn't closed", ResourceWarning, source=self, stacklevel=2)
+            warnings.warn(
+                f"guest RAM of {format_size(self.size)} wasn't closed", ResourceWarning, source=self, stacklevel=2
+            )
             self.close()
 
     @property
@@ -324,9 +326,8 @@ class GuestRam:
         """
         self._core.check()
         # The exporter holds us, so that a view keeps its memory mapped and served; close() sees whether it is alive.
-        exporter = type("_Exporter", (ctypes.Array,), {"_type_": ctypes.c_ubyte, "_length_": self.size}).from_address(
-            self._base
-        )
+        array_type: Any = type("_Exporter", (ctypes.Array,), {"_type_": ctypes.c_ubyte, "_length_": self.size})
+        exporter = array_type.from_address(self._base)
         exporter.ram = self
         view = memoryview(exporter).cast("B")
         self._views.append((weakref.ref(view), weakref.ref(exporter)))

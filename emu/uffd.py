@@ -66,6 +66,9 @@ class Features(enum.IntFlag, boundary=enum.KEEP):
     MOVE = lib.UFFD_FEATURE_MOVE
 
 
+NO_FEATURES = Features(0)
+
+
 class Mode(enum.IntFlag, boundary=enum.KEEP):
     """UFFDIO_REGISTER_MODE_*: which accesses of a range raise faults."""
 
@@ -168,10 +171,7 @@ def _decode(raw: bytes) -> Event:
 
 def _open(want: Rung, off: frozenset[str]) -> tuple[int, Rung, str, str]:
     info = ffi.new("struct emu_uffd_info *")
-    if "uffd" in off:
-        fd = -errno.EOPNOTSUPP
-    else:
-        fd = lib.emu_uffd_open(want, _native.disable_mask(off), info)
+    fd = -errno.EOPNOTSUPP if "uffd" in off else lib.emu_uffd_open(want, _native.disable_mask(off), info)
     switched_off = errno.EOPNOTSUPP
     why = []
     for name, err in (
@@ -222,8 +222,8 @@ class Userfaultfd:
     def __init__(
         self,
         *,
-        required: Features = Features(0),
-        wanted: Features = Features(0),
+        required: Features = NO_FEATURES,
+        wanted: Features = NO_FEATURES,
         rung: Rung = Rung.FULL,
         disable: str | frozenset[str] = frozenset(),
     ) -> None:

@@ -1,7 +1,7 @@
 """Sizes, times and frames: the one place that parses and prints them.
 
-Sizes are bytes or text ("512MiB"); K, M, G, T and KiB, MiB ... are powers of 1024, kB, MB ... of 1000. Times are seconds
-or text ("250ms"). A guest frame is 4 KiB, whatever the host.
+Sizes are bytes or text ("512MiB"); K, M, G, T and KiB, MiB ... are powers of 1024, kB, MB ... of 1000. Times are
+seconds or text ("250ms"). A guest frame is 4 KiB, whatever the host.
 """
 
 import re

@@ -15,7 +15,9 @@ hypothesis.settings.load_profile("ci")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--storm", action="store_true", help="run the long storms, too")
-    parser.addoption("--require-uffd-if-root", action="store_true", help="as root, a skipped userfaultfd test is an error")
+    parser.addoption(
+        "--require-uffd-if-root", action="store_true", help="as root, a skipped userfaultfd test is an error"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,7 +39,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 SERVICES = ["inline", "thread", "off"]
 
 
-@pytest.fixture(params=[pytest.param("inline", marks=pytest.mark.uffd), pytest.param("thread", marks=pytest.mark.uffd), "off"])
+@pytest.fixture(
+    params=[pytest.param("inline", marks=pytest.mark.uffd), pytest.param("thread", marks=pytest.mark.uffd), "off"]
+)
 def service(request: pytest.FixtureRequest) -> str:
     """Each fault service; "off" is no userfaultfd at all."""
     return str(request.param)

@@ -1,5 +1,6 @@
 """emu doctor: what this machine can do, found by trying, and what emu does instead."""
 
+import functools
 import json
 from typing import Annotated
 
@@ -42,7 +43,7 @@ def doctor(*, as_json: Annotated[bool, Parameter(name="--json")] = False) -> int
         Print one JSON object.
     """
     facts = environment()
-    attempts = {name: (lambda name=name: _try(name)) for name in MECHANISMS}
+    attempts = {name: functools.partial(_try, name) for name in MECHANISMS}
     checks = check_features(attempts)
     limits = describe_limits(facts)
     if as_json:
@@ -65,7 +66,10 @@ def doctor(*, as_json: Annotated[bool, Parameter(name="--json")] = False) -> int
     limit = "none" if facts["cgroup_limit_bytes"] is None else format_size(facts["cgroup_limit_bytes"])
     address = "unlimited" if facts["rlimit_as_bytes"] is None else format_size(facts["rlimit_as_bytes"])
     for name, value in (
-        ("kernel", f"Linux {facts['kernel']} {facts['machine']}, {facts['cpus']} cores, {format_size(facts['memory_bytes'])}"),
+        (
+            "kernel",
+            f"Linux {facts['kernel']} {facts['machine']}, {facts['cpus']} cores, {format_size(facts['memory_bytes'])}",
+        ),
         ("userfaultfd", f"{facts['uffd_rung']}" + (f", by {facts['uffd_door']}" if facts["uffd_door"] else "")),
         ("", f"not higher because: {facts['uffd_why']}" if facts["uffd_why"] else ""),
         ("host THP", f"{facts['thp']} (guest RAM is MADV_NOHUGEPAGE: RSS is exact to the frame)"),

@@ -12,12 +12,13 @@ from rich.console import Console
 
 from emu.errors import BadValue, EmuError
 from emu.machine import DEFAULT_SPEED, Machine
+from emu.observe.result import RunResult
 from emu.report.table import print_run
 from emu.units import format_size, parse_ram_size
 from emu.workloads import Workload
 from emu.workloads.load import Load
 from emu.workloads.memhog import Memhog
-from emu.workloads.runner import RunResult, run
+from emu.workloads.runner import run
 
 __all__ = ["app"]
 
@@ -141,7 +142,10 @@ def load(common: Common | None = None, *, path: Path, hold: str = "40s") -> int:
     common = common or Common()
     workload = Load(path, hold)
     result = _run(workload, common)
-    for what, paths in (("unreadable, left out", workload.unreadable), ("changed on the disk meanwhile", workload.changed)):
+    for what, paths in (
+        ("unreadable, left out", workload.unreadable),
+        ("changed on the disk meanwhile", workload.changed),
+    ):
         if paths:
             result.notes.append(f"{len(paths)} files {what}: {paths[0]}{' ...' if len(paths) > 1 else ''}")
     return _finish(result, common)

@@ -1,8 +1,8 @@
 """The buddy allocator, as mm/page_alloc.c has it (Linux 6.1).
 
-Free memory is kept in blocks of 2^order frames, order 0 to 10, aligned to their size. Allocation takes the first block of
-the smallest sufficient order and splits it, the upper halves going back to the lists (expand). Freeing merges a block
-with its buddy, the block whose number differs in one bit, for as long as that buddy is free (__free_one_page).
+Free memory is kept in blocks of 2^order frames, order 0 to 10, aligned to their size. Allocation takes the first block
+of the smallest sufficient order and splits it, the upper halves going back to the lists (expand). Freeing merges a
+block with its buddy, the block whose number differs in one bit, for as long as that buddy is free (__free_one_page).
 
 Three things that a textbook buddy lacks decide what free page reporting sees:
 
@@ -21,8 +21,8 @@ Bulk calls do what the same number of single calls would do, block by block: a r
 leaves the same blocks in the same places as its aligned blocks freed one after another, since a block comes into being
 when its last frame is freed. tests/stateful holds the two against each other.
 
-Deviations: no watermark boost after a steal, no highatomic, isolated or CMA pageblocks, no shuffling, no ALLOC_NOFRAGMENT;
-allocated frames count as movable when their pageblock is (Linux looks at each page).
+Deviations: no watermark boost after a steal, no highatomic, isolated or CMA pageblocks, no shuffling, no
+ALLOC_NOFRAGMENT; allocated frames count as movable when their pageblock is (Linux looks at each page).
 """
 
 import enum
@@ -60,9 +60,7 @@ _FALLBACKS = ((2, 1), (2, 0), (0, 1))
 
 def lazy_bytes(n: int) -> memoryview:
     """Return n zero bytes whose pages come into being when they are written."""
-    return memoryview(
-        mmap.mmap(-1, max(n, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-    )
+    return memoryview(mmap.mmap(-1, max(n, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE))
 
 
 class Buddy:
@@ -202,7 +200,9 @@ class Buddy:
         frame = pfn - self.base
         if not 0 <= frame < self.frames or frame + (1 << order) > self.frames:
             raise AllocatorError(
-                f"pfn {pfn:#x} order {order} is outside [{self.base:#x}, {self.base + self.frames:#x})", pfn=pfn, order=order
+                f"pfn {pfn:#x} order {order} is outside [{self.base:#x}, {self.base + self.frames:#x})",
+                pfn=pfn,
+                order=order,
             )
         mark = self._allocated[frame]
         if mark == order + 1:
@@ -221,14 +221,16 @@ class Buddy:
     def free_bulk(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Free runs of frames, (pfn, count) each, that were allocated one by one (order 0).
 
-        As if each frame were freed by itself, in order. Raises AllocatorError, and changes nothing, if one of them isn't
-        allocated with order 0.
+        As if each frame were freed by itself, in order. Raises AllocatorError, and changes nothing, if one of them
+        isn't allocated with order 0.
         """
         seen = 0
         for pfn, count in sorted(ranges):
             frame = pfn - self.base
             if frame < seen or frame + count > self.frames:
-                raise AllocatorError(f"frames [{pfn:#x}, {pfn + count:#x}) are outside or named twice", pfn=pfn, order=0)
+                raise AllocatorError(
+                    f"frames [{pfn:#x}, {pfn + count:#x}) are outside or named twice", pfn=pfn, order=0
+                )
             seen = frame + count
             marks = bytes(self._allocated[frame:seen])
             if marks.count(1) != count:
@@ -358,9 +360,8 @@ class Buddy:
         free = self._move_pageblock(start, migratetype)
         in_use = min(_PAGEBLOCK, self.frames - start) - free
         movable = in_use if old == MigrateType.MOVABLE else 0
-        if migratetype == MigrateType.MOVABLE:
-            alike = movable
-        else:
+        alike = movable
+        if migratetype != MigrateType.MOVABLE:  # not movable, so of our kind; unless the whole pageblock wasn't
             alike = in_use - movable if old == MigrateType.MOVABLE else 0
         if free + alike >= _PAGEBLOCK // 2:
             self._type[first] = migratetype
@@ -466,7 +467,7 @@ class Buddy:
                 self._type[pageblock] = MigrateType.MOVABLE
 
     def putback(self, order: int, block: int, *, reported: bool) -> None:
-        """Put an isolated block back at the tail; flag it if it was reported and didn't merge (page_reporting_drain)."""
+        """Put an isolated block back at the tail; flagged if reported and not merged (page_reporting_drain)."""
         frame = block << order
         merged = self._free_one(frame, order, self._type[frame >> PAGEBLOCK_ORDER], to_tail=True, notify=False)
         if reported and merged == order:

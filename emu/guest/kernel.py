@@ -4,8 +4,8 @@ Page allocation is get_page_from_freelist() and the end of its slow path (mm/pag
 highest down, first above their low watermarks, then above min, then once more after draining the per-CPU lists; then
 there is no memory. Nothing can be reclaimed yet, so there is no kswapd between the two.
 
-Deviations: all RAM is managed (no kernel image, no struct pages: a guest that has done nothing uses nothing), the zones are
-flat, and one CPU runs the kernel; `cpus` only shares the per-CPU lists' high mark out.
+Deviations: all RAM is managed (no kernel image, no struct pages: a guest that has done nothing uses nothing), the
+zones are flat, and one CPU runs the kernel; `cpus` only shares the per-CPU lists' high mark out.
 """
 
 import itertools
@@ -32,8 +32,8 @@ Thp = Literal["always", "madvise", "never"]
 class GuestKernel:
     """A guest's kernel over a guest's memory.
 
-    thp: which processes get huge pages (and, unless never, the higher watermarks that khugepaged sets). page_poison: the
-    byte that free frames are filled with, or None; 0 is init_on_free.
+    thp: which processes get huge pages (and, unless never, the higher watermarks that khugepaged sets). page_poison:
+    the byte that free frames are filled with, or None; 0 is init_on_free.
     """
 
     def __init__(
@@ -60,7 +60,8 @@ class GuestKernel:
         self.processes: list[Process] = []
         #: counters, as /proc/vmstat names them
         self.vmstat = dict.fromkeys(
-            ("pgalloc", "pgfree", "pgfault", "thp_fault_alloc", "thp_fault_fallback", "thp_split_page", "drain_pages"), 0
+            ("pgalloc", "pgfree", "pgfault", "thp_fault_alloc", "thp_fault_fallback", "thp_split_page", "drain_pages"),
+            0,
         )
         self._pids = itertools.count(1)
         self._key = itertools.count(1)
@@ -129,9 +130,7 @@ class GuestKernel:
                 return zone
         raise GuestError(f"pfn {pfn:#x} is outside the RAM")
 
-    def alloc_frames(
-        self, count: int, migratetype: MigrateType = MigrateType.MOVABLE
-    ) -> list[tuple[int, int, int]]:
+    def alloc_frames(self, count: int, migratetype: MigrateType = MigrateType.MOVABLE) -> list[tuple[int, int, int]]:
         """Allocate single frames; return (pfn, count, step) runs, step +1 or -1, in the order of allocation.
 
         Fewer than asked for means out of memory: the caller has what there was above the min watermarks.

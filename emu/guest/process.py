@@ -1,8 +1,8 @@
 """Processes with anonymous memory: mmap, demand faults, munmap of parts, madvise.
 
-A page gets its frame at its first write (do_anonymous_page), cleared, or a whole huge page where the mapping may have them
-and an aligned 2 MiB of it has none yet (do_huge_pmd_anonymous_page). A read of a page that was never written finds the
-guest's zero page and takes no frame. Unmapping part of a huge page splits it first.
+A page gets its frame at its first write (do_anonymous_page), cleared, or a whole huge page where the mapping may have
+them and an aligned 2 MiB of it has none yet (do_huge_pmd_anonymous_page). A read of a page that was never written
+finds the guest's zero page and takes no frame. Unmapping part of a huge page splits it first.
 
 fill() and verify() seed a page's content by its place in its mapping, not by its frame: a page that got mixed up with
 another one is found.
@@ -112,9 +112,7 @@ class Mapping:
         first, end = self._span(offset, length)
         if write:
             self._populate(first, end)
-        self._kernel.memory.vcpu(
-            Op.TOUCH_WRITE if write else Op.TOUCH_READ, self._ranges(first, end), threads=threads
-        )
+        self._kernel.memory.vcpu(Op.TOUCH_WRITE if write else Op.TOUCH_READ, self._ranges(first, end), threads=threads)
 
     def fill(self, *, seed: int, offset: int | str = 0, length: int | str | None = None, threads: int = 1) -> None:
         """Fill every page with content that follows from the seed and the page's place."""

@@ -6,16 +6,17 @@
 
 Only the step out of idle queues work, `delay` out: a burst of frees is one pass. A pass walks each zone's lists from
 `order` up and pulls unreported blocks into a table of 32. A full table goes to the driver, which sleeps until the host
-acknowledges; meanwhile the blocks are isolated, out of the allocator's reach. They come back to the tail of their list,
-flagged Reported if they didn't merge. One pass makes at most ceil(nr_free / 512) + 1 reports from one list, where nr_free
-counts the order's blocks of all types; so an idle guest is drained in some 16 passes, about 30 s at 2 s each.
+acknowledges; meanwhile the blocks are isolated, out of the allocator's reach. They come back to the tail of their
+list, flagged Reported if they didn't merge. One pass makes at most ceil(nr_free / 512) + 1 reports from one list,
+where nr_free counts the order's blocks of all types; so an idle guest is drained in some 16 passes, about 30 s at 2 s
+each.
 
-A zone is skipped when it has fewer free frames than its low watermark + (32 << order): with order 9 that is 64 MiB, which
-ZONE_DMA never has.
+A zone is skipped when it has fewer free frames than its low watermark + (32 << order): with order 9 that is 64 MiB,
+which ZONE_DMA never has.
 
-The flag lives in the buddy (buddy.py) and dies there, by allocation, split or merge. Checked against a recorded guest: the
-first drop 2.0 to 2.2 s after a free; 64 blocks of order 10 a pass from 470; 70.875 MiB a pass from six lists of some
-4,086 blocks.
+The flag lives in the buddy (buddy.py) and dies there, by allocation, split or merge. Checked against a recorded guest:
+the first drop 2.0 to 2.2 s after a free; 64 blocks of order 10 a pass from 470; 70.875 MiB a pass from six lists of
+some 4,086 blocks.
 """
 
 import enum
@@ -159,7 +160,8 @@ class PageReporting:
         return ok
 
     def _flush(self, zone: Zone, table: list[tuple[int, int]]) -> bool:
-        # report, then page_reporting_drain(). The kernel fills its table from the end: the host sees the last one first.
+        # report, then page_reporting_drain(). The kernel fills its table from the end: the host sees the last one
+        # first.
         buddy = zone.buddy
         entries = [(buddy.base + (block << order), order) for order, block in reversed(table)]
         ok = self._report(entries)

@@ -1,10 +1,10 @@
 """A zone: a stretch of frames with its buddy, its per-CPU lists, and the watermarks that ration it.
 
-Watermarks (mm/page_alloc.c, __setup_per_zone_wmarks, Linux 6.1). min_free_kbytes is sqrt(16 * memory in KiB), between 128
-and 262,144; where transparent huge pages are on, khugepaged raises it so that a few pageblocks of each type stay free
-(mm/khugepaged.c, set_recommended_min_free_kbytes), at most 5 % of memory. Each zone gets its share as min; low and high lie
-above it by min/4 or 0.1 % of the zone, whichever is more. Ordinary allocations stop at low (and wake kswapd), then at min.
-lowmem_reserve keeps allocations that could have used a higher zone from eating a lower one.
+Watermarks (mm/page_alloc.c, __setup_per_zone_wmarks, Linux 6.1). min_free_kbytes is sqrt(16 * memory in KiB), between
+128 and 262,144; where transparent huge pages are on, khugepaged raises it so that a few pageblocks of each type stay
+free (mm/khugepaged.c, set_recommended_min_free_kbytes), at most 5 % of memory. Each zone gets its share as min; low
+and high lie above it by min/4 or 0.1 % of the zone, whichever is more. Ordinary allocations stop at low (and wake
+kswapd), then at min. lowmem_reserve keeps allocations that could have used a higher zone from eating a lower one.
 
 With these rules a recorded guest's /proc/zoneinfo comes out to the page.
 """

@@ -1,8 +1,8 @@
 """What the host does with memory that comes back, whatever mechanism brought it.
 
-    now    MADV_DONTNEED: RSS falls at once, the next touch faults a zero page in
-    lazy   MADV_FREE: RSS stays until the kernel needs memory, a write before that costs nothing. Under pressure, which
-           MADV_PAGEOUT makes on demand, the pages that weren't written go
+now    MADV_DONTNEED: RSS falls at once, the next touch faults a zero page in
+lazy   MADV_FREE: RSS stays until the kernel needs memory, a write before that costs nothing. Under pressure, which
+       MADV_PAGEOUT makes on demand, the pages that weren't written go
 """
 
 from collections.abc import Callable

@@ -17,7 +17,10 @@ __all__ = ["ALIASES", "MECHANISMS", "Mechanism", "make_mechanism"]
 
 
 class Mechanism(Protocol):
-    """A way of giving memory back: guest drivers and a host policy, wired together. A dataclass; its fields are its settings."""
+    """A way of giving memory back: guest drivers and a host policy, wired together.
+
+    A dataclass; its fields are its settings.
+    """
 
     name: ClassVar[str]
     #: field -> how to read it from text

@@ -30,7 +30,10 @@ class Eager:
 
         def round_() -> None:
             ranges = Ranges.of(
-                (pfn, 1 << order) for zone in guest.zones for pfn, order, _, _ in zone.buddy.free_blocks() if order == 10
+                (pfn, 1 << order)
+                for zone in guest.zones
+                for pfn, order, _, _ in zone.buddy.free_blocks()
+                if order == 10
             )
             host.discard.frames(ranges)
             guest.timers.at(guest.clock.now() + self.period, round_)

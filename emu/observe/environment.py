@@ -6,7 +6,7 @@ A feature counts as there when it did what it should, on memory of our own, not 
 import os
 import platform
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ def _try_lazy() -> str:
         return f"{dropped} of {_FRAMES - 16} lazily freed frames dropped on demand"
 
 
-def check_features(mechanisms: dict[str, Callable[[], str]]) -> list[Check]:
+def check_features(mechanisms: Mapping[str, Callable[[], str]]) -> list[Check]:
     """Try each feature that emu uses, then each mechanism; nothing raises."""
     can = probe()
     why = f" ({can.why})" if can.why else ""
@@ -172,7 +172,11 @@ def check_features(mechanisms: dict[str, Callable[[], str]]) -> list[Check]:
         ("inline fault service", _try_inline, "the thread service"),
         ("thread fault service", _try_thread, "the inline service, or none"),
         ("UFFDIO_POISON", lambda: _try_poison(can), "lost frames are made inaccessible (an access dies by SIGSEGV)"),
-        ("process_madvise on ourselves", _try_process_madvise, "one madvise per range: 3x the time for scattered frames"),
+        (
+            "process_madvise on ourselves",
+            _try_process_madvise,
+            "one madvise per range: 3x the time for scattered frames",
+        ),
         ("PAGEMAP_SCAN", _try_pagemap_scan, "RSS by smaps; buffers that aren't a whole VMA by mincore"),
         ("MADV_FREE and MADV_PAGEOUT", _try_lazy, "--return lazy gives memory back only when the kernel wants it"),
         *((f"mechanism {name}", attempt, "-") for name, attempt in mechanisms.items()),
@@ -192,7 +196,11 @@ def describe_limits(facts: dict[str, Any]) -> list[str]:
     if facts["overcommit_memory"] == 2:
         notes.append("vm.overcommit_memory=2 counts a guest's whole RAM as used when it is mapped: set it to 0 or 1")
     if facts["rlimit_as_bytes"] is not None:
-        notes.append(f"RLIMIT_AS is {format_size(facts['rlimit_as_bytes'])}: a larger guest can't be mapped (ulimit -v)")
+        notes.append(
+            f"RLIMIT_AS is {format_size(facts['rlimit_as_bytes'])}: a larger guest can't be mapped (ulimit -v)"
+        )
     if facts["cgroup_limit_bytes"] is not None:
-        notes.append(f"the cgroup holds at most {format_size(facts['cgroup_limit_bytes'])}: a guest touching more is killed")
+        notes.append(
+            f"the cgroup holds at most {format_size(facts['cgroup_limit_bytes'])}: a guest touching more is killed"
+        )
     return notes

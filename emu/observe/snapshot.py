@@ -1,8 +1,8 @@
 """Snapshot: one immutable picture of a machine, for whoever watches.
 
-Reporters get snapshots (or a recording of them), never guest or host. RSS and LazyFree are the kernel's words; books_bytes
-is what our frame states say, and the difference of the two must be 0, or, where the kernel has dropped lazily freed pages
-by itself, negative by those.
+Reporters get snapshots (or a recording of them), never guest or host. RSS and LazyFree are the kernel's words;
+books_bytes is what our frame states say, and the difference of the two must be 0, or, where the kernel has dropped
+lazily freed pages by itself, negative by those.
 """
 
 from dataclasses import dataclass

@@ -9,8 +9,8 @@ __all__ = ["read_vmstat"]
 def read_vmstat(guest: GuestKernel, host: Hypervisor) -> dict[str, int]:
     """Return all counters. The guest's start with guest_ where the core has one of the same name.
 
-    nr_* are frames by state; the others count up. report_pages are frames reported, discard_frames frames that held memory
-    when they were discarded.
+    nr_* are frames by state; the others count up. report_pages are frames reported, discard_frames frames that held
+    memory when they were discarded.
     """
     counters = {f"guest_{name}": value for name, value in guest.vmstat.items()}
     if guest.reporting is not None:

@@ -4,8 +4,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from emu.observe.result import RunResult
 from emu.units import format_size, seconds_text
-from emu.workloads.runner import RunResult
 
 __all__ = ["print_run"]
 
@@ -28,15 +28,19 @@ def _foot(result: RunResult) -> list[str]:
     pcp = result.phases[-1].guest_pcp_bytes
     lines = [
         f"mechanism {result.mechanism}{' (' + settings + ')' if settings else ''}, return {machine['on_return']}; "
-        f"RAM {format_size(result.ram_bytes)}; clock {machine['clock']}; seed {result.seed}; 1 run, {result.seconds:.1f} s",
+        f"RAM {format_size(result.ram_bytes)}; clock {machine['clock']}; seed {result.seed}; "
+        f"1 run, {result.seconds:.1f} s",
         f"Linux {env['kernel']}, {env['cpus']} cores; userfaultfd {machine['uffd']}; {faults}, "
         f"fault_around {machine['fault_around']}",
-        f"RSS, LazyFree: kernel (smaps). footprint = RSS + the host's tables. RSS minus our books: {result.books_difference}",
+        "RSS, LazyFree: kernel (smaps). footprint = RSS + the host's tables. "
+        f"RSS minus our books: {result.books_difference}",
         f"{result.verified_frames:,} frames checked, {result.corrupt_frames} wrong; "
         f"{result.counters['pgfault']:,} faults, {result.counters['discard_frames']:,} frames discarded",
     ]
     if pcp:
-        lines.append(f"per-CPU lists hold {_mib(pcp)} MiB at the end: freed, but out of reporting's sight (as in Linux)")
+        lines.append(
+            f"per-CPU lists hold {_mib(pcp)} MiB at the end: freed, but out of reporting's sight (as in Linux)"
+        )
     lines += result.notes
     lines.append(f"again: {result.command}")
     return lines

@@ -1,8 +1,8 @@
 """What users of emu may use in their own tests.
 
-rss_delta measures what a piece of code does to the residency of a buffer, a mapping, a GuestRam or a process; the pytest
-plugin of this package gives it as a fixture to every project that has emu installed. BytesMemory and ReferenceMemory stand
-in for a GuestRam where no fault is wanted; StepClock is the clock that tests step.
+rss_delta measures what a piece of code does to the residency of a buffer, a mapping, a GuestRam or a process; the
+pytest plugin of this package gives it as a fixture to every project that has emu installed. BytesMemory and
+ReferenceMemory stand in for a GuestRam where no fault is wanted; StepClock is the clock that tests step.
 """
 
 from emu.clock import StepClock

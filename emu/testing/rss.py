@@ -5,12 +5,12 @@
     assert d.pages == 0
 
 For a GuestRam the figure is smaps' Rss of its mapping. For a buffer (an mmap, a bytearray, anything with the buffer
-protocol) it is PAGEMAP_SCAN of exactly the pages that the buffer lies in, without the shared zero page; before Linux 6.7 it
-is mincore, which counts zero pages as well. For a pid it is the whole process by smaps_rollup: there, expect noise of some
-hundred KiB from everything else that the process does.
+protocol) it is PAGEMAP_SCAN of exactly the pages that the buffer lies in, without the shared zero page; before Linux
+6.7 it is mincore, which counts zero pages as well. For a pid it is the whole process by smaps_rollup: there, expect
+noise of some hundred KiB from everything else that the process does.
 
-A huge page counts as 512 pages, and a partly discarded one leaves the count at once though its memory stays in use until
-the kernel splits it: test with MADV_NOHUGEPAGE, or look at MemFree.
+A huge page counts as 512 pages, and a partly discarded one leaves the count at once though its memory stays in use
+until the kernel splits it: test with MADV_NOHUGEPAGE, or look at MemFree.
 """
 
 from collections.abc import Callable

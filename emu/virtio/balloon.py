@@ -1,7 +1,7 @@
 """virtio-balloon's vocabulary (virtio 1.3, section 5.5; include/uapi/linux/virtio_balloon.h).
 
-Free page *hinting* (the host starts a run, for migration) and free page *reporting* (the guest reports by itself) are two
-things with two queues.
+Free page *hinting* (the host starts a run, for migration) and free page *reporting* (the guest reports by itself) are
+two things with two queues.
 """
 
 import enum
@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["DEVICE_ID", "PFN_SHIFT", "Config", "Entry", "Feature", "Queue", "ReportingQueue", "StatTag", "queue_indices"]
+__all__ = [
+    "DEVICE_ID",
+    "PFN_SHIFT",
+    "Config",
+    "Entry",
+    "Feature",
+    "Queue",
+    "ReportingQueue",
+    "StatTag",
+    "queue_indices",
+]
 
 DEVICE_ID = 5
 PFN_SHIFT = 12  # balloon frames are 4 KiB, whatever the guest's page size

@@ -1,7 +1,7 @@
 """Workloads: what a guest does. One file each: a generator of steps over a machine.
 
-A step does some guest work and yields; the runner then lets `wait` seconds of guest time pass, sampling, and records a row
-under the step's name. A workload counts the frames whose content it checked, and the wrong ones.
+A step does some guest work and yields; the runner then lets `wait` seconds of guest time pass, sampling, and records a
+row under the step's name. A workload counts the frames whose content it checked, and the wrong ones.
 """
 
 from collections.abc import Iterator

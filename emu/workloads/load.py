@@ -1,8 +1,8 @@
 """load: a guest process reads every file of a real directory tree into its memory and keeps them.
 
-Then it frees every other file, waits, reads those again into memory that faults back, and compares the SHA-256 of every
-file in guest memory with the one taken when it was first read from the disk. Real data in real RAM: a frame that came back
-wrong, torn, or from somebody else can't pass.
+Then it frees every other file, waits, reads those again into memory that faults back, and compares the SHA-256 of
+every file in guest memory with the one taken when it was first read from the disk. Real data in real RAM: a frame that
+came back wrong, torn, or from somebody else can't pass.
 
 Regular files only; links and special files are left out, unreadable ones are counted and said.
 """

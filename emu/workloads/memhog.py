@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from emu.errors import BadValue
 from emu.machine import Machine
-from emu.units import FRAME_SIZE, format_size, parse_duration, parse_ram_size
+from emu.units import format_size, parse_duration, parse_ram_size
 from emu.workloads import Step
 
 __all__ = ["Memhog"]

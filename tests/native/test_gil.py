@@ -1,7 +1,7 @@
 """The GIL trap: a missing page touched while Python is busy elsewhere must never deadlock.
 
-Each case runs in a process of its own under faulthandler's watchdog, which needs no GIL; a deadlock is exit code 1 with a
-traceback, not a hung test run.
+Each case runs in a process of its own under faulthandler's watchdog, which needs no GIL; a deadlock is exit code 1
+with a traceback, not a hung test run.
 """
 
 import subprocess

@@ -126,7 +126,7 @@ def test_a_lost_frame_raises_with_its_number_and_how_far_it_got(open_ram):
     ram = open_ram("1MiB")
     ram.fill(0, 20, seed=4)
     assert ram.poison([(7, 2)]) == 2
-    with pytest.raises(GuestMemoryError, match="0x7.*poisoned") as caught:
+    with pytest.raises(GuestMemoryError, match=r"0x7.*poisoned") as caught:
         ram.verify(5, 10, seed=4)
     assert (caught.value.gfn, caught.value.done) == (7, 2)
     with pytest.raises(GuestMemoryError) as caught:
@@ -378,7 +378,13 @@ def test_the_rungs_can_be_switched_off_one_by_one(monkeypatch):
     """EMU_DISABLE: each lower rung serves."""
     if emu.uffd.probe().rung == 0:
         pytest.skip("no userfaultfd here")
-    for off, service in (("", "inline"), ("full", "inline"), ("sigbus", "thread"), ("uffd", "off"), ("poison", "inline")):
+    for off, service in (
+        ("", "inline"),
+        ("full", "inline"),
+        ("sigbus", "thread"),
+        ("uffd", "off"),
+        ("poison", "inline"),
+    ):
         monkeypatch.setenv("EMU_DISABLE", off)
         with emu.GuestRam("1MiB") as ram:
             assert ram.service == service

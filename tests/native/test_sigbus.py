@@ -46,12 +46,7 @@ STEPS = {
     "disable": "faulthandler.disable()",
     "enable again": "faulthandler.enable()",
 }
-ORDERS = [
-    order
-    for n in range(1, 5)
-    for order in itertools.permutations(STEPS, n)
-    if "open" in order
-]
+ORDERS = [order for n in range(1, 5) for order in itertools.permutations(STEPS, n) if "open" in order]
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=" ".join)
@@ -67,7 +62,9 @@ def test_guest_faults_are_served_in_every_order(order):
     assert (done.returncode, done.stdout, done.stderr) == (0, "served\n", "")
 
 
-@pytest.mark.parametrize("order", [("open", "enable"), ("enable", "open"), ("enable", "open", "disable", "enable again")], ids=" ".join)
+@pytest.mark.parametrize(
+    "order", [("open", "enable"), ("enable", "open"), ("enable", "open", "disable", "enable again")], ids=" ".join
+)
 @pytest.mark.parametrize("serve_between", [True, False])
 def test_a_foreign_sigbus_still_reaches_faulthandler_and_kills(order, serve_between):
     """Its traceback is printed, once, and the process dies by SIGBUS as it would without us."""

@@ -1,5 +1,6 @@
 """Free page reporting on real memory: RSS falls by what a reference says, and to the page."""
 
+import itertools
 import random
 
 import pytest
@@ -148,7 +149,7 @@ class TestARecordedGuest:
                     drops.append(tick / 10)
                     seen.append(m.rss_bytes)
             assert 2.0 <= drops[0] <= 2.2
-            assert all(b - a == pytest.approx(2.0, abs=0.11) for a, b in zip(drops, drops[1:], strict=False))
+            assert all(b - a == pytest.approx(2.0, abs=0.11) for a, b in itertools.pairwise(drops))
 
     def test_2_a_pass_takes_64_blocks_of_order_10_from_470(self):
         """256 MiB a pass, exactly."""
@@ -180,7 +181,7 @@ class TestARecordedGuest:
             everything = zone.buddy.alloc_bulk(zone.buddy.free_frames)
             assert zone.buddy.free_frames == 0
             frames = sorted(pfn + i for pfn, n in everything for i in range(0, n, 64))
-            groups = [pfn for pfn in frames if pfn % 64 == 0][: 4086]
+            groups = [pfn for pfn in frames if pfn % 64 == 0][:4086]
             m.ram.touch(groups[0], groups[-1] + 64 - groups[0])
             for pfn in groups:
                 zone.buddy.free_bulk([(pfn, 63)])

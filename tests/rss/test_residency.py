@@ -98,8 +98,12 @@ def test_delta_of_a_bytearray_counts_its_own_pages_only(rss_delta):
 
 def test_delta_of_a_process(rss_delta):
     """By its pid: another process, whole."""
-    code = "import sys; sys.stdin.read(1); x = bytearray(b'x' * (64 << 20)); print('ready', flush=True); sys.stdin.read(1)"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    code = (
+        "import sys; sys.stdin.read(1); x = bytearray(b'x' * (64 << 20)); print('ready', flush=True); sys.stdin.read(1)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
         with rss_delta(child.pid) as d:

@@ -1,4 +1,4 @@
-"""A guest and its host against a dict of pages: what processes wrote is what they read, whatever reporting did meanwhile."""
+"""A guest and its host against a dict of pages: what processes wrote is what they read, whatever was reported."""
 
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule

@@ -1,5 +1,7 @@
 """GuestRam in all its services against a dict of pages: residency, content and counters after every step."""
 
+from typing import ClassVar
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -26,7 +28,7 @@ def disjoint(ranges):
 class RamMachine(RuleBasedStateMachine):
     """One RAM. Lazily freed frames may read as they were or as zeros until they are written."""
 
-    options: dict = {}
+    options: ClassVar[dict[str, str]] = {}
 
     @initialize(around=st.sampled_from([1, 1, 8]), disable=st.sampled_from([(), ("process_madvise",)]))
     def open(self, around, disable):
@@ -179,15 +181,15 @@ class RamMachine(RuleBasedStateMachine):
 
 
 class Off(RamMachine):
-    options = {"uffd": "off"}
+    options: ClassVar[dict[str, str]] = {"uffd": "off"}
 
 
 class Inline(RamMachine):
-    options = {"service": "inline"}
+    options: ClassVar[dict[str, str]] = {"service": "inline"}
 
 
 class Thread(RamMachine):
-    options = {"service": "thread"}
+    options: ClassVar[dict[str, str]] = {"service": "thread"}
 
 
 needs_uffd = pytest.mark.skipif(probe().rung is Rung.OFF, reason="no userfaultfd here")

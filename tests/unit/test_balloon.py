@@ -44,7 +44,14 @@ def test_bad_entries_are_ignored_and_the_good_ones_taken():
     balloon, taken = device()
     driver = BalloonDriver(balloon)
     balloon._report(
-        [Entry(4096, 8192), Entry(4097, 4096), Entry(0, 100), Entry(1023 * 4096, 8192), Entry(-4096, 4096), Entry(0, 4096)]
+        [
+            Entry(4096, 8192),
+            Entry(4097, 4096),
+            Entry(0, 100),
+            Entry(1023 * 4096, 8192),
+            Entry(-4096, 4096),
+            Entry(0, 4096),
+        ]
     )
     assert taken.ranges == [(1, 2), (0, 1)]
     assert balloon.counters["balloon_report_ignored"] == 4

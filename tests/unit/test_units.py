@@ -49,7 +49,9 @@ def test_a_ram_size_names_its_limit(value, words):
         parse_ram_size(value)
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("250ms", 0.25), (2, 2.0), ("2", 2.0), ("1m", 60.0), ("0", 0.0), ("5us", 5e-6)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("250ms", 0.25), (2, 2.0), ("2", 2.0), ("1m", 60.0), ("0", 0.0), ("5us", 5e-6)]
+)
 def test_a_time_is_seconds_or_text(text, seconds):
     """Units as users write them."""
     assert parse_duration(text) == pytest.approx(seconds)

@@ -1,0 +1,98 @@
+"""What a run came to: rows at its steps, and the totals that `emu run --json` prints.
+
+footprint_byte_seconds is the integral of the footprint over guest time; bloat is it divided by the same integral of what
+the guest used.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["SCHEMA", "Phase", "RunResult"]
+
+SCHEMA = "emu.run/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A row: the machine at guest time t (seconds), in bytes."""
+
+    name: str
+    t: float
+    guest_used_bytes: int
+    guest_cached_bytes: int
+    guest_free_bytes: int
+    guest_pcp_bytes: int
+    rss_bytes: int
+    lazyfree_bytes: int
+    footprint_bytes: int
+
+    @property
+    def bloat(self) -> float | None:
+        """Footprint over what the guest uses; None when it uses nothing."""
+        return self.footprint_bytes / self.guest_used_bytes if self.guest_used_bytes else None
+
+
+@dataclass(slots=True)
+class RunResult:
+    """What `emu run --json` prints."""
+
+    workload: str
+    parameters: dict[str, Any]
+    mechanism: str
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    seed: int
+    ram_bytes: int
+    environment: dict[str, Any]
+    command: str
+    phases: list[Phase] = field(default_factory=list)
+    counters: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    footprint_byte_seconds: float = 0.0
+    used_byte_seconds: float = 0.0
+    books_difference: int = 0
+    verified_frames: int = 0
+    corrupt_frames: int = 0
+    seconds: float = 0.0
+
+    @property
+    def bloat(self) -> float | None:
+        """Footprint over use, both integrated over guest time."""
+        return self.footprint_byte_seconds / self.used_byte_seconds if self.used_byte_seconds else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the result as one object of JSON types."""
+        fields = (
+            "name",
+            "t",
+            "guest_used_bytes",
+            "guest_cached_bytes",
+            "guest_free_bytes",
+            "guest_pcp_bytes",
+            "rss_bytes",
+        )
+        return {
+            "schema": SCHEMA,
+            "workload": self.workload,
+            "parameters": self.parameters,
+            "mechanism": self.mechanism,
+            "settings": self.settings,
+            "machine": self.machine,
+            "seed": self.seed,
+            "speed": self.machine["clock"],
+            "ram_bytes": self.ram_bytes,
+            "environment": self.environment,
+            "command": self.command,
+            "phases": [
+                {name: getattr(phase, name) for name in (*fields, "lazyfree_bytes", "footprint_bytes", "bloat")}
+                for phase in self.phases
+            ],
+            "counters": self.counters,
+            "notes": self.notes,
+            "footprint_byte_seconds": self.footprint_byte_seconds,
+            "bloat": self.bloat,
+            "books_difference_bytes": self.books_difference,
+            "verified_frames": self.verified_frames,
+            "corrupt_frames": self.corrupt_frames,
+            "wall_seconds": self.seconds,
+        }
