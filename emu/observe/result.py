@@ -1,7 +1,7 @@
 """What a run came to: rows at its steps, and the totals that `emu run --json` prints.
 
-footprint_byte_seconds is the integral of the footprint over guest time; bloat is it divided by the same integral of what
-the guest used.
+footprint_byte_seconds is the integral of the footprint over guest time; bloat is it divided by the same integral of
+what the guest used.
 """
 
 from dataclasses import dataclass, field

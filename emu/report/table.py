@@ -48,9 +48,9 @@ def _foot(result: RunResult) -> list[str]:
 
 def print_run(result: RunResult, console: Console) -> None:
     """Print a result."""
-    table = Table(box=None, pad_edge=False, header_style="bold", title=None)
+    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="bold")
     table.add_column("phase", no_wrap=True)
-    for name in ("t", "guest uses", "RSS", "LazyFree", "footprint", "bloat"):
+    for name in ("t", "used", "RSS", "LazyFree", "footprint", "bloat"):
         table.add_column(name, justify="right", no_wrap=True)
     units = ["", "min:s", "MiB", "MiB", "MiB", "MiB", "x"]
     table.add_row(*(Text(unit, style="dim") for unit in units))
