@@ -5,14 +5,14 @@ clock says it took (none, on a stepped clock). Between two samples the integrals
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from emu.machine import Machine
 from emu.mechanisms import settings_of
 from emu.observe.environment import environment
 from emu.observe.result import Phase, RunResult
 from emu.observe.snapshot import Snapshot
-from emu.workloads import Workload
+from emu.workloads import Step, Workload
 
 __all__ = ["run"]
 
@@ -53,26 +53,20 @@ def run(
         on_sample(now)
         return now
 
-    for step in workload.steps(machine):
+    def steps() -> Iterator[Step]:
+        yield from workload.steps(machine)
+        if machine.host.discard.policy == "lazy":
+            # what was lazily freed shows only when somebody wants memory
+            machine.host.pressure()
+            yield Step("under pressure")
+
+    for step in steps():
         sample()
         end = last.t + step.wait
         while (left := end - machine.clock.now()) > 0:
             machine.run_for(min(left, _SAMPLE))
             sample()
-        now = last
-        result.phases.append(
-            Phase(
-                name=step.name,
-                t=now.t,
-                guest_used_bytes=now.guest_used_bytes,
-                guest_cached_bytes=now.guest_cached_bytes,
-                guest_free_bytes=now.guest_free_bytes,
-                guest_pcp_bytes=now.guest_pcp_bytes,
-                rss_bytes=now.rss_bytes,
-                lazyfree_bytes=now.lazyfree_bytes,
-                footprint_bytes=now.footprint_bytes,
-            )
-        )
+        result.phases.append(Phase.of(step.name, last))
         on_step(step.name)
     result.counters = last.counters
     result.books_difference = last.books_difference
