@@ -4,8 +4,10 @@ footprint_byte_seconds is the integral of the footprint over guest time; bloat i
 what the guest used.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from emu.observe.snapshot import Snapshot
 
 __all__ = ["SCHEMA", "Phase", "RunResult"]
 
@@ -25,6 +27,21 @@ class Phase:
     rss_bytes: int
     lazyfree_bytes: int
     footprint_bytes: int
+
+    @classmethod
+    def of(cls, name: str, s: Snapshot) -> "Phase":
+        """Make a row of a snapshot."""
+        return cls(
+            name=name,
+            t=s.t,
+            guest_used_bytes=s.guest_used_bytes,
+            guest_cached_bytes=s.guest_cached_bytes,
+            guest_free_bytes=s.guest_free_bytes,
+            guest_pcp_bytes=s.guest_pcp_bytes,
+            rss_bytes=s.rss_bytes,
+            lazyfree_bytes=s.lazyfree_bytes,
+            footprint_bytes=s.footprint_bytes,
+        )
 
     @property
     def bloat(self) -> float | None:
@@ -62,15 +79,6 @@ class RunResult:
 
     def as_json(self) -> dict[str, Any]:
         """Return the result as one object of JSON types."""
-        fields = (
-            "name",
-            "t",
-            "guest_used_bytes",
-            "guest_cached_bytes",
-            "guest_free_bytes",
-            "guest_pcp_bytes",
-            "rss_bytes",
-        )
         return {
             "schema": SCHEMA,
             "workload": self.workload,
@@ -83,10 +91,7 @@ class RunResult:
             "ram_bytes": self.ram_bytes,
             "environment": self.environment,
             "command": self.command,
-            "phases": [
-                {name: getattr(phase, name) for name in (*fields, "lazyfree_bytes", "footprint_bytes", "bloat")}
-                for phase in self.phases
-            ],
+            "phases": [asdict(phase) | {"bloat": phase.bloat} for phase in self.phases],
             "counters": self.counters,
             "notes": self.notes,
             "footprint_byte_seconds": self.footprint_byte_seconds,
