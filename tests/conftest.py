@@ -6,7 +6,9 @@ import hypothesis
 import pytest
 
 import emu
-from emu.uffd import Rung, probe
+from emu._native import disabled
+from emu.residency import scan
+from emu.uffd import Features, Rung, probe
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60, print_blob=True)
 hypothesis.settings.register_profile("storm", deadline=None, max_examples=1000)
@@ -34,13 +36,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if config.getoption("--require-uffd-if-root") and os.geteuid() == 0:
                 raise pytest.UsageError(f"no userfaultfd though root: {can.why}")
             item.add_marker(pytest.mark.skip(reason=f"no userfaultfd here: {can.why}"))
-
-
-SERVICES = ["inline", "thread", "off"]
+        if item.get_closest_marker("inline") and (Features.SIGBUS not in can.features or "sigbus" in disabled()):
+            item.add_marker(pytest.mark.skip(reason="no UFFD_FEATURE_SIGBUS here"))
+        if item.get_closest_marker("pagemap_scan") and scan(0, 4096) is None:
+            item.add_marker(pytest.mark.skip(reason="no PAGEMAP_SCAN here (Linux 6.7)"))
 
 
 @pytest.fixture(
-    params=[pytest.param("inline", marks=pytest.mark.uffd), pytest.param("thread", marks=pytest.mark.uffd), "off"]
+    params=[
+        pytest.param("inline", marks=[pytest.mark.uffd, pytest.mark.inline]),
+        pytest.param("thread", marks=pytest.mark.uffd),
+        "off",
+    ]
 )
 def service(request: pytest.FixtureRequest) -> str:
     """Each fault service; "off" is no userfaultfd at all."""

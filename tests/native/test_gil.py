@@ -55,7 +55,7 @@ print("done")
 
 
 @pytest.mark.uffd
-@pytest.mark.parametrize("service", ["inline", "thread"])
+@pytest.mark.parametrize("service", [pytest.param("inline", marks=pytest.mark.inline), "thread"])
 @pytest.mark.parametrize("case", CASES)
 def test_no_call_deadlocks_with_the_gil(case, service):
     """Two workers fault, two Python threads spin."""

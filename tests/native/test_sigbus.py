@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-pytestmark = pytest.mark.uffd
+pytestmark = [pytest.mark.uffd, pytest.mark.inline]
 
 PRELUDE = """
 import faulthandler, mmap, os, signal, sys, tempfile, threading

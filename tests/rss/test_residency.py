@@ -69,6 +69,7 @@ def test_delta_of_a_guest_ram(rss_delta, open_ram):
     assert d.pages == -80
 
 
+@pytest.mark.pagemap_scan
 def test_delta_of_a_private_mapping(rss_delta):
     """MADV_DONTNEED gives back; reading maps zero pages, which cost nothing."""
     with mmap.mmap(-1, 256 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as mapping:

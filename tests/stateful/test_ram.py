@@ -198,6 +198,7 @@ TestOff = Off.TestCase
 
 
 @needs_uffd
+@pytest.mark.inline
 class TestInline(Inline.TestCase):
     pass
 
