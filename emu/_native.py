@@ -8,7 +8,6 @@ the memory (MADV_DONTFORK) nor the fault service.
 import errno
 import mmap
 import os
-import threading
 from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -73,8 +72,21 @@ def content(seed: int, key: int) -> bytes:
     return bytes(ffi.buffer(words))
 
 
+def _free_in(pid: int) -> Callable[[Any], None]:
+    # a forked child has the struct, but neither its thread nor its tables: there it is left alone
+    def free(handle: Any) -> None:
+        if os.getpid() == pid:
+            lib.emu_region_free(handle)
+
+    return free
+
+
 class Region:
-    """One opened core region. Every method is one native call (GIL released), safe against close() from a thread."""
+    """One opened core region. Every method is one native call (GIL released).
+
+    The core itself counts calls under way and refuses new ones once closed (region.c): nothing here needs a lock, which
+    an interrupt or a signal handler could find held.
+    """
 
     def __init__(
         self,
@@ -90,9 +102,6 @@ class Region:
     ) -> None:
         self.frames = frames
         self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
-        self._calls = 0
         self._closed = False
         options = ffi.new("struct emu_region_options *")
         options.uffd = uffd
@@ -109,46 +118,40 @@ class Region:
                 errno.ENOMEM: "no address space for the tables (RLIMIT_AS, overcommit_memory=2?)",
             }.get(-err, "")
             raise UffdError(-err, "opening the region", hint=hint)
-        self._handle = ret[0]
+        # freed with this object, not by close(): a late call must find the region closed, not gone
+        self._handle = ffi.gc(ret[0], _free_in(self._pid))
 
     @property
     def closed(self) -> bool:
         return self._closed
 
+    @property
+    def foreign(self) -> bool:
+        """Whether this is a forked child of the process that opened the region."""
+        return os.getpid() != self._pid
+
     def check(self) -> None:
         """Raise unless the region can be used by this process now."""
-        if os.getpid() != self._pid:
+        if self.foreign:
             raise ForkedError(f"this guest RAM belongs to process {self._pid}; open another one in the child")
         if self._closed:
             raise ClosedError("this guest RAM is closed")
 
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
-        with self._lock:
-            self.check()
-            self._calls += 1
-        try:
-            return function(self._handle, *args)
-        finally:
-            with self._lock:
-                self._calls -= 1
-                if not self._calls:
-                    self._idle.notify_all()
+        self.check()
+        result = function(self._handle, *args)
+        if result == -errno.ESHUTDOWN:
+            raise ClosedError("this guest RAM is closed")
+        return result
 
     def close(self) -> None:
-        """Refuse new calls, wait for those under way, stop the service, unregister. A second call does nothing.
+        """Refuse new calls, wait for those under way, stop the service, unregister. Returns when all that is done.
 
-        In a forked child there is nothing of ours to undo.
+        A second call, also from another thread meanwhile, waits for the same. In a forked child there is nothing to undo.
         """
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            if os.getpid() != self._pid:
-                return
-            while self._calls:
-                self._idle.wait()
-        lib.emu_region_close(self._handle)
-        self._handle = ffi.NULL
+        self._closed = True
+        if not self.foreign:
+            lib.emu_region_close(self._handle)
 
     def _failed(self, err: int, progress: Any, *, unit: int = 1) -> EmuError:
         if err == -errno.ERANGE:
@@ -158,10 +161,10 @@ class Region:
             return ServiceDeadError(
                 f"the fault service has died ({dead}); its missing frames are poisoned: close the RAM"
             )
+        if progress is None:
+            return HostError(f"the kernel refused to take memory back: {os.strerror(-err)} (is some of it locked, mlock?)")
         if err == -errno.EINVAL:
             return BadValue("the core refused the arguments")
-        if progress is None:
-            return HostError(f"the kernel refused to take memory back: {os.strerror(-err)}")
         return GuestMemoryError(-err, int(progress.bad_gfn), int(progress.done) // unit)
 
     # ---- guest access

@@ -44,8 +44,8 @@ class ScaledClock:
     """The wall's clock, `speed` times as fast."""
 
     def __init__(self, speed: float = 1.0) -> None:
-        if not 0 < speed < float("inf"):
-            raise BadValue(f"speed {speed!r} must be above 0 (1 is real time)")
+        if not 0.001 <= speed < float("inf"):
+            raise BadValue(f"speed {speed!r} must be at least 0.001 (1 is real time)")
         self.speed = speed
         self.name = "real" if speed == 1 else f"x{speed:g}"
         self._start = time.monotonic()

@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 
 from emu import _native, residency
 from emu._native import ffi, lib
-from emu.errors import BadValue, ClosedError, HostError, RangeError
+from emu.errors import BadValue, ClosedError, GuestMemoryError, HostError, RangeError
 from emu.ranges import Ranges
 from emu.uffd import Features, Mode, Rung, Userfaultfd, probe
 from emu.units import FRAME_SIZE, format_size, parse_ram_size
@@ -57,7 +57,10 @@ class Op(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A record of the event ring: ns of CLOCK_MONOTONIC, what, the first frame, frames, and an argument."""
+    """A record of the event ring: ns of CLOCK_MONOTONIC, what, the first frame, frames, and an argument.
+
+    Of a discard and its sisters: the first frame of the call's first range, and the frames taken in all its ranges.
+    """
 
     ns: int
     type: str
@@ -130,7 +133,7 @@ class GuestRam:
         self._views: list[tuple[weakref.ref[memoryview], weakref.ref[Any]]] = []
         self.size = parse_ram_size(size)
         self.frames = self.size // FRAME_SIZE
-        off = _native.disabled(disable)
+        off = self._off = _native.disabled(disable)
         if mmap.PAGESIZE != FRAME_SIZE:
             raise HostError(f"this host's pages are {mmap.PAGESIZE} bytes; emu needs {FRAME_SIZE}")
         if thp:
@@ -164,6 +167,7 @@ class GuestRam:
 
     def _map(self) -> None:
         length = self.size + 2 * _ALIGN
+        _refuse_locked_mappings()
         try:
             self._mapping = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | lib.MAP_NORESERVE)
         except (OSError, OverflowError, ValueError) as error:
@@ -177,7 +181,9 @@ class GuestRam:
         self._offset = self._base - start
         # on the RAM alone: a guard with the same flags as a frame made inaccessible (poison) would merge with its VMA
         self._mapping.madvise(mmap.MADV_NOHUGEPAGE, self._offset, self.size)
-        self._mapping.madvise(mmap.MADV_DONTFORK)
+        # the guards are inherited, so that a child's close() unmaps nothing of the child's
+        self._mapping.madvise(mmap.MADV_DONTFORK, self._offset, self.size)
+        lib.munlock(ffi.cast("void *", self._base), self.size)  # mlockall(MCL_FUTURE | MCL_ONFAULT): can't be discarded
         _guard(start, self._offset)
         _guard(self._base + self.size, length - self._offset - self.size)
 
@@ -230,14 +236,16 @@ class GuestRam:
         self._release()
 
     def _release(self) -> None:
-        if self._uffd is not None:
-            self._uffd.close()
-        if self._lease is not None:
-            ffi.release(self._lease)
-            self._lease = None
-        if self._mapping is not None:
-            self._mapping.close()
-            self._mapping = None
+        # each part is taken out first and let go then: two closers can't both let go of it
+        uffd, self._uffd = self._uffd, None
+        if uffd is not None:
+            uffd.close()
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            ffi.release(lease)
+        mapping, self._mapping = self._mapping, None
+        if mapping is not None:
+            mapping.close()  # in a forked child, of the inaccessible mapping that keeps its place (region.c)
 
     def __enter__(self) -> Self:
         return self
@@ -278,8 +286,14 @@ class GuestRam:
             raise BadValue(f"threads {threads!r} must be from 1 to 1024")
         core = self._core
         bad: list[int] = []
+        done = 0
         for batch in ranges.chunks(_CHUNK * threads):
-            bad += core.vcpu(op, batch, arg, threads, None if latency is None else latency._c)
+            try:
+                bad += core.vcpu(op, batch, arg, threads, None if latency is None else latency._c)
+            except GuestMemoryError as error:
+                error.done += done
+                raise
+            done += batch.frames
         return bad
 
     def _one(self, gfn: int, count: int) -> Ranges:
@@ -348,7 +362,10 @@ class GuestRam:
         return self._reclaim(lib.emu_discard, ranges)
 
     def lazy_free(self, ranges: Iterable[Sequence[int]] | Ranges) -> int:
-        """Let the kernel take frames when it needs memory (MADV_FREE); return how many. RSS doesn't show it."""
+        """Let the kernel take frames when it needs memory (MADV_FREE); return how many, anew or again.
+
+        RSS doesn't show it.
+        """
         return self._reclaim(lib.emu_lazy_free, ranges)
 
     def lazy_drop(self, ranges: Iterable[Sequence[int]] | Ranges | None = None) -> int:
@@ -399,7 +416,7 @@ class GuestRam:
     def scan(self) -> residency.Scan | None:
         """Return what PAGEMAP_SCAN says of the RAM; None before Linux 6.7."""
         self._core.check()
-        return residency.scan(self._base, self.size)
+        return None if "pagemap_scan" in self._off else residency.scan(self._base, self.size)
 
     def mincore_bytes(self) -> int:
         """Return what mincore(2) says of the RAM: an upper bound, since it counts zero pages."""
@@ -436,6 +453,16 @@ class GuestRam:
     def trace_faults(self, on: bool = True) -> None:
         """Record every fault as an event, too."""
         self._core.trace_faults(on)
+
+
+def _refuse_locked_mappings() -> None:
+    # mlockall(MCL_FUTURE) would populate the whole RAM in mmap(), and keep it
+    with mmap.mmap(-1, FRAME_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+        address, lease = _native.address_of(page)
+        populated = residency.mincore_bytes(address, FRAME_SIZE)
+        ffi.release(lease)
+    if populated:
+        raise HostError("this process locks all its future mappings (mlockall): guest RAM could never be given back")
 
 
 def _guard(start: int, length: int) -> None:

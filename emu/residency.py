@@ -2,7 +2,7 @@
 
                      own page   shared zero page   swapped     lazily freed   poison marker
     smaps Rss          yes            no              no            yes             no
-    PAGEMAP_SCAN       yes     yes, and says so    says so          yes             no
+    PAGEMAP_SCAN       yes     yes, and says so    says so          yes        as swapped
     mincore            yes           yes              no            yes             no
 
 (measured on Linux 6.18). So Rss = present - zeropage, and mincore is an upper bound: tests hold the three against each

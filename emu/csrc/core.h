@@ -83,6 +83,9 @@ struct emu_region {
 	int stop_fd;
 	_Atomic int dead;
 
+	_Atomic uint32_t calls;  /* under way */
+	_Atomic uint32_t closed; /* 0 open, 1 closing, 2 closed */
+
 	struct emu_waitq waitq[EMU_WAITQS];
 	struct emu_stripe stripe[EMU_STRIPES];
 };
@@ -106,7 +109,7 @@ struct emu_guard {
 struct emu_thread {
 	struct emu_guard *_Atomic guard;
 	unsigned stripe; /* 0 = not chosen yet */
-	/* sigbus.c's loop limits */
+	/* sigbus.c */
 	uint64_t last_addr;
 	unsigned same_addr;
 	int chaining;
@@ -115,6 +118,9 @@ struct emu_thread {
 extern _Thread_local struct emu_thread emu_thread __attribute__((tls_model("initial-exec")));
 
 /* region.c */
+int emu_region_enter(struct emu_region *r);
+void emu_region_leave(struct emu_region *r);
+bool emu_registry_overlaps(uint64_t start, uint64_t len);
 struct emu_region *emu_registry_get(uint64_t addr, uint64_t *gfn_ret);
 void emu_registry_put(struct emu_region *r);
 const uint8_t *emu_zero_source(void); /* EMU_BLOCK_FRAMES frames of zeros */
@@ -142,6 +148,7 @@ void emu_state_publish(struct emu_region *r, uint64_t gfn, uint8_t to); /* from 
 void emu_state_wake(struct emu_region *r, uint64_t gfn, uint64_t count);
 void emu_state_wait(struct emu_region *r, uint64_t gfn);
 void emu_state_moved(struct emu_region *r, uint8_t from, uint8_t to, int64_t frames); /* the gauges */
+long emu_futex(_Atomic uint32_t *word, int op, uint32_t val);
 
 /* stats.c */
 void emu_stat_add(struct emu_region *r, enum emu_stat which, int64_t n);
@@ -164,6 +171,7 @@ extern int (*emu_uffd_ioctl)(int fd, unsigned long request, void *arg);
 
 /* fault.c */
 int emu_fault_resolve(struct emu_region *r, uint64_t gfn, bool write);
+int emu_fault_vanished(struct emu_region *r, uint64_t gfn);
 int emu_fault_fill(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t prior, bool write, const void *src,
                    uint64_t *done);
 int64_t emu_fault_install(struct emu_region *r, uint64_t gfn, uint64_t count, const void *src);
@@ -171,6 +179,7 @@ int64_t emu_fault_install(struct emu_region *r, uint64_t gfn, uint64_t count, co
 /* sigbus.c */
 void emu_sigbus_ensure(struct emu_region *r);
 void emu_sigbus_release(void);
+void emu_sigbus_forked(void);
 bool emu_sigbus_unblock(void); /* was blocked */
 void emu_sigbus_block(void);
 
@@ -178,6 +187,7 @@ void emu_sigbus_block(void);
 int emu_service_start(struct emu_region *r, int cpu);
 void emu_service_stop(struct emu_region *r);
 void emu_service_die(struct emu_region *r, int err);
+void emu_service_refuse(struct emu_region *r, uint64_t gfn, uint64_t count);
 
 /* guestcopy.c */
 struct emu_walk {
@@ -197,6 +207,8 @@ int emu_guest_walk(struct emu_walk *w);
 
 /* reclaim.c */
 bool emu_advise_vectored_probe(void);
+void emu_advise_forked(void);
+void emu_pages_absent(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret);
 int emu_lose(struct emu_region *r, uint64_t gfn, uint64_t count); /* empty frames held BUSY: make accesses fail */
 
 #endif

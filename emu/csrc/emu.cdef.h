@@ -39,6 +39,7 @@
 #define MADV_NOHUGEPAGE ...
 
 int mprotect(void *addr, size_t len, int prot);
+int munlock(const void *addr, size_t len);
 
 /* emu.h */
 #define EMU_FRAME_SIZE ...
@@ -86,6 +87,7 @@ int emu_uffd_read(int fd, void *msgs, size_t bytes);
 /* region.c */
 int emu_region_open(void *base, uint64_t frames, const struct emu_region_options *options, struct emu_region **ret);
 int emu_region_close(struct emu_region *r);
+void emu_region_free(struct emu_region *r);
 int emu_region_dead(struct emu_region *r);
 int emu_region_vectored(struct emu_region *r);
 int64_t emu_region_table_bytes(struct emu_region *r);
@@ -94,10 +96,10 @@ int64_t emu_region_table_bytes(struct emu_region *r);
 int emu_states_copy(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret);
 int emu_stats_count(void);
 const char *emu_stats_name(int i);
-void emu_stats_read(struct emu_region *r, int64_t *ret);
+int emu_stats_read(struct emu_region *r, int64_t *ret);
 uint64_t emu_hist_floor(int bucket);
-size_t emu_ring_drain(struct emu_region *r, struct emu_event *ret, size_t cap);
-void emu_ring_trace_faults(struct emu_region *r, int on);
+int64_t emu_ring_drain(struct emu_region *r, struct emu_event *ret, size_t cap);
+int emu_ring_trace_faults(struct emu_region *r, int on);
 int emu_sigbus_is_ours(void);
 
 /* reclaim.c */

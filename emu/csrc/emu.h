@@ -85,7 +85,13 @@ struct emu_region_options {
 };
 
 int emu_region_open(void *base, uint64_t frames, const struct emu_region_options *options, struct emu_region **ret);
-int emu_region_close(struct emu_region *r); /* waits for calls under way; the pointer is dead afterwards */
+/*
+ * Refuse new calls (-ESHUTDOWN), wait for those under way, stop the service, unregister; then the memory may be unmapped.
+ * Any number of threads may call it, also at once: each returns when it is done. The struct stays until emu_region_free(),
+ * so that a late call finds it closed and not gone.
+ */
+int emu_region_close(struct emu_region *r);
+void emu_region_free(struct emu_region *r); /* closes it first, if need be */
 int emu_region_dead(struct emu_region *r);  /* errno that killed the service thread, or 0 */
 int64_t emu_region_table_bytes(struct emu_region *r); /* resident bytes of our own tables */
 int emu_region_vectored(struct emu_region *r); /* discards many ranges in one system call */
@@ -95,11 +101,14 @@ int emu_region_vectored(struct emu_region *r); /* discards many ranges in one sy
 int emu_states_copy(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret);
 int emu_stats_count(void);
 const char *emu_stats_name(int i);
-void emu_stats_read(struct emu_region *r, int64_t *ret); /* emu_stats_count() values */
+int emu_stats_read(struct emu_region *r, int64_t *ret); /* emu_stats_count() values */
 
 /* ---- reclaim.c --------------------------------------------------------------------------------------------- */
 
-/* Give frames back: the count of those that held memory, or -errno. The ranges must not overlap. */
+/*
+ * Give frames back: the count of those that held memory (for lazy_free: that are lazily freed, anew or again), or -errno.
+ * The ranges must not overlap. On an error, what was done before it stays done, and the books know.
+ */
 int64_t emu_discard(struct emu_region *r, const struct emu_range *ranges, size_t n);
 int64_t emu_lazy_free(struct emu_region *r, const struct emu_range *ranges, size_t n);
 /* Pressure on demand: MADV_PAGEOUT on the lazy frames; the count of those the kernel dropped. */
@@ -161,12 +170,12 @@ enum emu_event_type {
 struct emu_event {
 	uint64_t ns; /* CLOCK_MONOTONIC */
 	uint64_t gfn;
-	uint32_t count; /* frames */
+	uint32_t count; /* frames; of a reclaim: those taken, in all its ranges, the first of which starts at gfn */
 	uint16_t type;
 	uint16_t arg; /* FAULT: 1 = write; SERVICE_DIED: errno */
 };
-size_t emu_ring_drain(struct emu_region *r, struct emu_event *ret, size_t cap);
-void emu_ring_trace_faults(struct emu_region *r, int on);
+int64_t emu_ring_drain(struct emu_region *r, struct emu_event *ret, size_t cap); /* events */
+int emu_ring_trace_faults(struct emu_region *r, int on);
 
 /* ---- sigbus.c ---------------------------------------------------------------------------------------------- */
 

@@ -87,6 +87,29 @@ int emu_fault_fill(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t p
 	return err;
 }
 
+/*
+ * A fault came again and again on a frame that our books call present.  Is its page there?  If it isn't, it was taken
+ * behind our back (a stray madvise on the mapping), and what it held is gone: the frame becomes LOST, since zeros would
+ * hide that.  Asked under BUSY, so that no discard of ours can be taken for it.  Returns 0 if all is well.
+ */
+int emu_fault_vanished(struct emu_region *r, uint64_t gfn)
+{
+	uint8_t state = emu_state_load(r, gfn), absent;
+
+	if ((state != EMU_RESIDENT && state != EMU_ZEROMAP) || !emu_state_try(r, gfn, state, EMU_BUSY))
+		return 0;
+	emu_pages_absent(r, gfn, 1, &absent);
+	if (absent) {
+		emu_lose(r, gfn, 1);
+		emu_stat_add(r, EMU_STAT_pgfault_failed, 1);
+		emu_ring_push(r, EMU_EV_LOST_FAULT, gfn, 1, 0);
+	}
+	emu_state_publish(r, gfn, absent ? EMU_LOST : state);
+	emu_state_moved(r, state, absent ? EMU_LOST : state, 1);
+	emu_state_wake(r, gfn, 1);
+	return absent ? -EFAULT : 0;
+}
+
 /* Claim ZERO frames around gfn, which is ours already, inside its aligned window. */
 static void claim_around(struct emu_region *r, uint64_t gfn, uint64_t *first, uint64_t *end)
 {

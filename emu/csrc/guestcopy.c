@@ -103,11 +103,17 @@ static bool noted(struct emu_region *r, uint64_t gfn, bool write)
 	for (;;) {
 		uint8_t state = emu_state_load(r, gfn);
 
-		if (r->uffd >= 0)
-			return !(write && state == EMU_ZEROMAP);
-		if (state != EMU_BUSY)
-			return state != EMU_ZERO && !(write && state == EMU_ZEROMAP);
-		emu_state_wait(r, gfn);
+		/*
+		 * BUSY matters to a write: a reader's fault may have mapped the zero page and not published it yet when
+		 * our store replaced it; then ZEROMAP comes out, and the note has to be made again.
+		 */
+		if (state == EMU_BUSY && (write || r->uffd < 0)) {
+			emu_state_wait(r, gfn);
+			continue;
+		}
+		if (write && state == EMU_ZEROMAP)
+			return false;
+		return r->uffd >= 0 || (state != EMU_ZERO && state != EMU_LOST);
 	}
 }
 
@@ -212,6 +218,7 @@ struct copy {
 	uint8_t *buf;
 	uint64_t left;
 	bool write;
+	bool install; /* missing whole frames may be installed from the buffer */
 	uint64_t done;
 };
 
@@ -221,7 +228,9 @@ EMU_GUEST_BYTES static void copy_bytes(uint8_t *to, const uint8_t *from, size_t 
 	for (size_t i = 0; i < n; i++) /* memcpy's interceptor would check guest bytes */
 		((volatile uint8_t *)to)[i] = ((const volatile uint8_t *)from)[i];
 #else
-	memcpy(to, from, n);
+	if (to == from) /* a copy onto itself stores nothing, and the books say that it did */
+		__atomic_fetch_or(to, 0, __ATOMIC_RELAXED);
+	memmove(to, from, n); /* the buffer may be guest memory, too */
 #endif
 }
 
@@ -236,11 +245,11 @@ static void copy(struct copy *c)
 		int64_t installed = 0;
 		int err;
 
-		if (c->write && n == EMU_FRAME_SIZE && emu_state_load(r, gfn) == EMU_ZERO)
+		if (c->install && n == EMU_FRAME_SIZE && emu_state_load(r, gfn) == EMU_ZERO)
 			installed = emu_fault_install(r, gfn, c->left >> EMU_FRAME_SHIFT, c->buf);
 		if (installed > 0) {
 			n = (uint64_t)installed << EMU_FRAME_SHIFT;
-		} else if (installed < 0 && installed != -EFAULT) { /* EFAULT: the buffer is itself guest memory */
+		} else if (installed < 0) {
 			c->guard.err = (int)installed;
 			c->guard.gfn = gfn;
 			return;
@@ -288,16 +297,25 @@ static int copy_range(struct emu_region *r, uint64_t gpa, void *buf, uint64_t n,
 	int err = atomic_load(&r->dead);
 	bool was_blocked;
 
+	/*
+	 * UFFDIO_COPY reads its source in the kernel while the destination is BUSY.  A source that is guest memory could
+	 * fault there, and with the thread service wait for a fault that waits for that BUSY: such bytes are copied here.
+	 */
+	c.install = write && r->uffd >= 0 && !emu_registry_overlaps((uintptr_t)buf, n);
 	*ret = (struct emu_progress){ 0 };
 	if (gpa > r->frames << EMU_FRAME_SHIFT || n > (r->frames << EMU_FRAME_SHIFT) - gpa)
 		return -ERANGE;
 	if (err)
 		return -EOWNERDEAD;
+	err = emu_region_enter(r);
+	if (err)
+		return err;
 	emu_sigbus_ensure(r);
 	was_blocked = emu_sigbus_unblock();
 	err = copy_armed(&c);
 	if (was_blocked)
 		emu_sigbus_block();
+	emu_region_leave(r);
 	ret->done = c.done;
 	ret->bad_gfn = err ? c.guard.gfn : 0;
 	return err;

@@ -11,7 +11,8 @@
  * One engine under all: walk the ranges, claim frames into BUSY, gather neighbours into runs and runs into a batch,
  * make one system call for the batch, publish.  A batch holds at most BATCH frames, which bounds how long a fault may
  * find its frame BUSY, and at most 1,024 ranges, which is what process_madvise(2) takes (UIO_MAXIOV).  Frames that
- * hold nothing cost no system call; a block whose summary word is 0 isn't even walked.
+ * hold nothing cost no system call; a block whose summary word is 0 isn't even walked, and a batch that has waited for
+ * WALK frames to be looked at goes as it is.
  *
  * Races, thought through once for all five:
  *  - against a fault: BUSY spans the madvise, so no install can fall between the page's end and the byte's.
@@ -25,6 +26,11 @@
  *    would race with a second lazy_free, and a drop of a frame marked RESIDENT could not be told from a loss.
  *    What lazy_drop can't reach: MADV_FREE parks up to 31 pages in a batch of its CPU (mm/swap.c, lru_lazyfree), and
  *    MADV_PAGEOUT drains only the CPU it runs on.  Such frames stay LAZY, as they would under real pressure.
+ *  - against a refusal in the middle.  madvise goes on through a range until a part of it refuses (a locked page), so
+ *    when a batch fails, the runs before the failing one are done, those after it aren't, and of that one pagemap is
+ *    asked: a frame marked RESIDENT whose page is gone could never be served again.
+ *  - against the end of the thread service (dead): what a reclaim under way empties after service.c has poisoned
+ *    everything missing would leave a later access asleep, so it is poisoned here.
  *  - lazy_drop asks pagemap, under BUSY, what the kernel did: neither present nor swapped means dropped.  mincore
  *    can't tell a swapped page from a dropped one, and a swapped page holds data.
  */
@@ -38,6 +44,7 @@
 #include <unistd.h>
 
 #define BATCH 1024 /* frames, and so at most as many ranges */
+#define WALK 16384
 
 #define IN(s) (1u << EMU_##s)
 
@@ -51,7 +58,7 @@ static const struct {
 } verbs[] = {
 	[DISCARD] = { IN(ZEROMAP) | IN(RESIDENT) | IN(LAZY), MADV_DONTNEED, EMU_EV_DISCARD,
 	              EMU_STAT_discard_frames, EMU_STAT_discard_calls },
-	[LAZY_FREE] = { IN(ZEROMAP) | IN(RESIDENT) | IN(LAZY), MADV_FREE, EMU_EV_LAZY_FREE,
+	[LAZY_FREE] = { IN(RESIDENT) | IN(LAZY), MADV_FREE, EMU_EV_LAZY_FREE,
 	                EMU_STAT_lazyfree_frames, EMU_STAT_lazyfree_calls },
 	[LAZY_DROP] = { IN(LAZY), MADV_PAGEOUT, EMU_EV_LAZY_DROP,
 	                EMU_STAT_lazydrop_frames, EMU_STAT_lazydrop_calls },
@@ -66,22 +73,31 @@ struct batch {
 	int64_t taken;  /* frames that held memory, over all batches */
 	size_t runs;
 	uint64_t frames;
+	uint64_t walked; /* frames looked at since the batch was begun */
+	int64_t moved[EMU_NR_STATES][EMU_NR_STATES]; /* frames, from state to state: the gauges learn of it in flush */
 	struct iovec run[BATCH];
 	uint8_t prior[BATCH]; /* by frame, in the runs' order */
 };
 
+static _Atomic int self = PIDFD_SELF_THREAD_GROUP;
+
+/* In a forked child: the descriptor is its parent's, and so would be the pages. */
+void emu_advise_forked(void)
+{
+	int pidfd = atomic_exchange(&self, PIDFD_SELF_THREAD_GROUP);
+
+	if (pidfd >= 0)
+		close(pidfd);
+}
+
 static long advise_vectored(const struct iovec *iov, size_t n, int advice)
 {
-	static _Atomic int self = PIDFD_SELF_PROCESS;
 	long done = syscall(SYS_process_madvise, atomic_load(&self), iov, n, advice, 0);
 
-	if (done < 0 && errno == EBADF && atomic_load(&self) == PIDFD_SELF_PROCESS) {
-		/*
-		 * Before 6.14 the name for "myself" is a descriptor of ours.  One for the process; a forked child
-		 * never gets here (its caller refuses), so it can't advise its parent.
-		 */
+	if (done < 0 && errno == EBADF && atomic_load(&self) == PIDFD_SELF_THREAD_GROUP) {
+		/* a kernel that doesn't know the name: a descriptor of ours, one for the process */
 		int pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
-		int expected = PIDFD_SELF_PROCESS;
+		int expected = PIDFD_SELF_THREAD_GROUP;
 
 		if (pidfd < 0)
 			return -1;
@@ -116,7 +132,8 @@ bool emu_advise_vectored_probe(void)
 	return vectored_works;
 }
 
-static int advise(struct batch *b)
+/* Advise the batch's runs in order. *done is the number of runs finished: all of them, or up to the one that failed. */
+static int advise(struct batch *b, size_t *done_runs)
 {
 	const int advice = verbs[b->verb].advice;
 	size_t i = 0;
@@ -129,8 +146,10 @@ static int advise(struct batch *b)
 			len += b->run[k].iov_len;
 		done = advise_vectored(b->run, b->runs, advice);
 		emu_stat_add(b->r, verbs[b->verb].calls, 1);
-		if (done == (long)len)
+		if (done == (long)len) {
+			*done_runs = b->runs;
 			return 0;
+		}
 		/* A part, or none: the bare call finishes from the first unfinished run on, and tells the errno. */
 		while (done > 0 && i < b->runs && whole + b->run[i].iov_len <= (uint64_t)done)
 			whole += b->run[i++].iov_len;
@@ -138,9 +157,12 @@ static int advise(struct batch *b)
 	for (; i < b->runs; i++) {
 		emu_stat_add(b->r, verbs[b->verb].calls, 1);
 		while (madvise(b->run[i].iov_base, b->run[i].iov_len, advice))
-			if (errno != EAGAIN && errno != EINTR)
+			if (errno != EAGAIN && errno != EINTR) {
+				*done_runs = i;
 				return -errno;
+			}
 	}
+	*done_runs = b->runs;
 	return 0;
 }
 
@@ -152,9 +174,10 @@ int emu_lose(struct emu_region *r, uint64_t gfn, uint64_t count)
 
 	if (r->service == EMU_SERVICE_INLINE) /* missing raises SIGBUS, and the handler reads LOST */
 		return 0;
-	if (r->service == EMU_SERVICE_THREAD && r->have_poison)
-		return emu_uffd_fill(r->uffd, EMU_FILL_POISON, start, NULL, len, true, &done, &eagain);
-	/* before 6.6, or without userfaultfd: an access dies by SIGSEGV instead */
+	if (r->service == EMU_SERVICE_THREAD && r->have_poison &&
+	    !emu_uffd_fill(r->uffd, EMU_FILL_POISON, start, NULL, len, true, &done, &eagain))
+		return 0;
+	/* before 6.6, or without userfaultfd, or no memory for the marker: an access dies by SIGSEGV instead */
 	if (mprotect((void *)(uintptr_t)start, len, PROT_NONE))
 		return -errno;
 	if (r->uffd >= 0)
@@ -164,101 +187,125 @@ int emu_lose(struct emu_region *r, uint64_t gfn, uint64_t count)
 
 static int find(struct emu_region *r, uint64_t gfn, uint64_t count)
 {
-	if (r->service == EMU_SERVICE_INLINE || (r->service == EMU_SERVICE_THREAD && r->have_poison))
-		return 0; /* the MADV_DONTNEED has dropped the marker */
+	if (r->service == EMU_SERVICE_INLINE)
+		return 0;
+	/* the MADV_DONTNEED has dropped a marker; an inaccessible frame becomes accessible, an accessible one stays so */
 	return mprotect(emu_frame(r, gfn), count << EMU_FRAME_SHIFT, PROT_READ | PROT_WRITE) ? -errno : 0;
 }
 
-/* Which of a run's frames the kernel has dropped: out[i] = 1. */
-static void dropped(struct emu_region *r, const struct iovec *run, uint8_t *out)
+/* Which of the frames have no page, neither in memory nor in swap. For frames held BUSY. */
+void emu_pages_absent(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret)
 {
-	uint64_t page = (uintptr_t)run->iov_base >> EMU_FRAME_SHIFT, n = run->iov_len >> EMU_FRAME_SHIFT;
-	uint64_t entry[BATCH];
+	uint64_t page = (uintptr_t)emu_frame(r, gfn) >> EMU_FRAME_SHIFT, entry[BATCH];
+	unsigned char vec[BATCH];
 
-	if (r->pagemap_fd >= 0 && pread(r->pagemap_fd, entry, n * 8, (off_t)(page * 8)) == (ssize_t)(n * 8)) {
-		for (uint64_t i = 0; i < n; i++)
-			out[i] = !(entry[i] & (PAGEMAP_PRESENT | PAGEMAP_SWAP));
+	if (r->pagemap_fd >= 0 && pread(r->pagemap_fd, entry, count * 8, (off_t)(page * 8)) == (ssize_t)(count * 8)) {
+		for (uint64_t i = 0; i < count; i++)
+			ret[i] = !(entry[i] & (PAGEMAP_PRESENT | PAGEMAP_SWAP));
 		return;
 	}
-	memset(out, 0, n); /* without /proc nothing can be known: the frames stay LAZY, and a fault will tell */
+	/* Without /proc only what is present can be known for sure; on a host with swap, "absent" may be swapped. */
+	memset(ret, 0, count);
+	if (!mincore(emu_frame(r, gfn), count << EMU_FRAME_SHIFT, vec))
+		for (uint64_t i = 0; i < count; i++)
+			ret[i] = !(vec[i] & 1);
+}
+
+/* What a frame becomes when the verb was done to it. */
+static uint8_t outcome(enum verb verb, uint8_t prior, bool absent)
+{
+	switch (verb) {
+	case DISCARD:
+	case UNPOISON:
+		return EMU_ZERO;
+	case LAZY_FREE:
+		return EMU_LAZY;
+	case LAZY_DROP:
+		return absent ? EMU_ZERO : prior;
+	default:
+		return EMU_LOST;
+	}
+}
+
+/* Whether that counts as a frame that the verb took. */
+static bool counts(enum verb verb, uint8_t prior, uint8_t now)
+{
+	switch (verb) {
+	case DISCARD:
+		return prior != EMU_ZEROMAP && now == EMU_ZERO;
+	case LAZY_DROP:
+		return now == EMU_ZERO;
+	default:
+		return now != prior || verb == LAZY_FREE;
+	}
+}
+
+enum how { DONE, FAILED, UNTOUCHED };
+
+/* Publish one run: what was done to it, what may have been, or that nothing was. */
+static int publish(struct batch *b, const struct iovec *run, const uint8_t *prior, enum how how)
+{
+	struct emu_region *r = b->r;
+	const uint64_t gfn = ((uintptr_t)run->iov_base - (uintptr_t)r->base) >> EMU_FRAME_SHIFT;
+	const uint64_t n = run->iov_len >> EMU_FRAME_SHIFT;
+	const bool ask = how == FAILED || (how == DONE && b->verb == LAZY_DROP);
+	uint8_t absent[BATCH];
+	int64_t frames = 0;
+	int err = 0;
+
+	if (ask)
+		emu_pages_absent(r, gfn, n, absent);
+	if (how == DONE && b->verb == POISON)
+		err = emu_lose(r, gfn, n); /* LOST in any case: the byte is the truth, and guarded accesses obey it */
+	if (how == DONE && b->verb == UNPOISON && (err = find(r, gfn, n)))
+		how = UNTOUCHED;
+	for (uint64_t i = 0; i < n; i++) {
+		uint8_t to = prior[i];
+
+		if (how == DONE)
+			to = outcome(b->verb, prior[i], ask && absent[i]);
+		else if (how == FAILED && b->verb == LAZY_FREE)
+			to = EMU_LAZY; /* may have been freed: the weaker claim is true either way */
+		else if (how == FAILED && absent[i] && prior[i] != EMU_LOST)
+			to = outcome(b->verb, prior[i], true);
+		if (to == EMU_LOST && how == FAILED && prior[i] != EMU_LOST)
+			emu_lose(r, gfn + i, 1);
+		if (counts(b->verb, prior[i], to))
+			frames++;
+		if (b->verb == DISCARD && prior[i] == EMU_ZEROMAP && to == EMU_ZERO)
+			emu_stat_add(r, EMU_STAT_discard_zeromap, 1);
+		b->moved[prior[i]][to]++;
+		emu_state_publish(r, gfn + i, to);
+	}
+	emu_state_wake(r, gfn, n);
+	b->taken += how == UNTOUCHED ? 0 : frames;
+	return err;
 }
 
 static int flush(struct batch *b)
 {
-	struct emu_region *r = b->r;
-	int64_t from[EMU_NR_STATES] = { 0 }, gone = 0;
-	uint64_t k = 0;
+	const uint8_t *prior = b->prior;
+	const int64_t before = b->taken;
+	size_t done;
 	int err;
 
 	if (!b->runs)
 		return 0;
-	err = advise(b);
+	memset(b->moved, 0, sizeof(b->moved));
+	err = advise(b, &done);
 	for (size_t i = 0; i < b->runs; i++) {
-		uint64_t gfn = ((uintptr_t)b->run[i].iov_base - (uintptr_t)r->base) >> EMU_FRAME_SHIFT;
-		uint64_t n = b->run[i].iov_len >> EMU_FRAME_SHIFT;
-		uint8_t drop[BATCH];
+		int failed = publish(b, &b->run[i], prior, i < done ? DONE : i == done ? FAILED : UNTOUCHED);
 
-		if (!err && b->verb == POISON)
-			err = emu_lose(r, gfn, n);
-		if (!err && b->verb == UNPOISON)
-			err = find(r, gfn, n);
-		if (!err && b->verb == LAZY_DROP)
-			dropped(r, &b->run[i], drop);
-		for (uint64_t f = 0; f < n; f++, k++) {
-			uint8_t to = b->prior[k];
-
-			if (err) { /* what the kernel refused is as it was; frames of the batch that it took fault back in */
-				emu_state_publish(r, gfn + f, to);
-				continue;
-			}
-			from[to]++;
-			if (b->verb == DISCARD || b->verb == UNPOISON)
-				to = EMU_ZERO;
-			else if (b->verb == LAZY_FREE)
-				to = EMU_LAZY;
-			else if (b->verb == POISON)
-				to = EMU_LOST;
-			else if (drop[f])
-				to = EMU_ZERO, gone++;
-			emu_state_publish(r, gfn + f, to);
-		}
-		emu_state_wake(r, gfn, n);
+		err = err ? err : failed;
+		prior += b->run[i].iov_len >> EMU_FRAME_SHIFT;
 	}
+	for (uint8_t from = 0; from < EMU_NR_STATES; from++)
+		for (uint8_t to = 0; to < EMU_NR_STATES; to++)
+			emu_state_moved(b->r, from, to, b->moved[from][to]);
+	emu_stat_add(b->r, verbs[b->verb].frames, b->taken - before);
 	b->runs = 0;
 	b->frames = 0;
-	if (err)
-		return err;
-
-	int64_t frames = from[EMU_RESIDENT] + from[EMU_LAZY];
-
-	switch (b->verb) {
-	case DISCARD:
-		for (int s = 0; s < EMU_NR_STATES; s++)
-			emu_state_moved(r, (uint8_t)s, EMU_ZERO, from[s]);
-		emu_stat_add(r, EMU_STAT_discard_zeromap, from[EMU_ZEROMAP]);
-		break;
-	case LAZY_FREE:
-		for (int s = 0; s < EMU_NR_STATES; s++)
-			emu_state_moved(r, (uint8_t)s, EMU_LAZY, from[s]);
-		frames += from[EMU_ZEROMAP];
-		break;
-	case LAZY_DROP:
-		emu_state_moved(r, EMU_LAZY, EMU_ZERO, gone);
-		frames = gone;
-		break;
-	case POISON:
-		for (int s = 0; s < EMU_NR_STATES; s++)
-			emu_state_moved(r, (uint8_t)s, EMU_LOST, from[s]);
-		frames += from[EMU_ZERO] + from[EMU_ZEROMAP];
-		break;
-	case UNPOISON:
-		emu_state_moved(r, EMU_LOST, EMU_ZERO, from[EMU_LOST]);
-		frames = from[EMU_LOST];
-		break;
-	}
-	emu_stat_add(r, verbs[b->verb].frames, frames);
-	b->taken += frames;
-	return 0;
+	return err;
 }
 
 static int gather(struct batch *b, uint64_t gfn, uint64_t end)
@@ -269,9 +316,14 @@ static int gather(struct batch *b, uint64_t gfn, uint64_t end)
 	while (gfn < end) {
 		uint8_t state;
 		uint8_t *at = emu_frame(r, gfn);
-		struct iovec *last = b->runs ? &b->run[b->runs - 1] : NULL;
+		struct iovec *last;
 		int err;
 
+		if (!b->frames)
+			b->walked = 0;
+		else if (++b->walked > WALK && (err = flush(b)))
+			return err;
+		last = b->runs ? &b->run[b->runs - 1] : NULL;
 		if (gfn % EMU_BLOCK_FRAMES == 0 && !(claims & IN(ZERO)) &&
 		    !atomic_load_explicit(&r->summary[gfn / EMU_BLOCK_FRAMES], memory_order_acquire)) {
 			gfn += EMU_BLOCK_FRAMES;
@@ -312,6 +364,12 @@ static int64_t reclaim(struct emu_region *r, const struct emu_range *ranges, siz
 	struct batch b; /* 26 KiB of stack, and only the head of it is set */
 	int err = emu_ranges_check(r, ranges, n);
 
+	if (!err && atomic_load(&r->dead))
+		err = -EOWNERDEAD;
+	if (!err)
+		err = emu_region_enter(r);
+	if (err)
+		return err;
 	b.r = r;
 	b.verb = verb;
 	b.taken = 0;
@@ -325,6 +383,9 @@ static int64_t reclaim(struct emu_region *r, const struct emu_range *ranges, siz
 		flush(&b); /* never leave a frame BUSY */
 	if (verbs[verb].event && b.taken)
 		emu_ring_push(r, verbs[verb].event, n ? ranges[0].gfn : 0, (uint64_t)b.taken, 0);
+	for (size_t i = 0; i < n && atomic_load(&r->dead); i++)
+		emu_service_refuse(r, ranges[i].gfn, ranges[i].count);
+	emu_region_leave(r);
 	return err ? err : b.taken;
 }
 

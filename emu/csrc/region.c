@@ -13,11 +13,21 @@
  * reader raises the count and then *re-reads* the pointer, both sequentially consistent: either it sees NULL and lets
  * go, or close sees the count.  A thread that goes on touching lent memory after close gets the former handler's
  * SIGBUS, or a fault on an unmapped page; both are loud.
+ *
+ * Close against calls.  Every entry point counts itself in `calls` and then looks at `closed`; close sets `closed` and
+ * then waits for `calls` to be 0 (both sequentially consistent: one of the two sees the other).  This is done here and
+ * not in Python, where an interrupt can come between any two steps.  A second closer waits until the first is done.
+ *
+ * Fork.  The child has neither the memory nor the tables (MADV_DONTFORK), and the uffd that it inherits is its
+ * parent's: a fault served through it would land in the parent.  So the child forgets all regions at once, and puts an
+ * inaccessible mapping where each RAM was: whatever the child maps later can't come to lie there, where a close() of
+ * the parent's object, run in the child, would unmap it.
  */
 #define _GNU_SOURCE
 #include "core.h"
 
 #include <fcntl.h>
+#include <linux/futex.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
@@ -55,6 +65,17 @@ struct emu_region *emu_registry_get(uint64_t addr, uint64_t *gfn_ret)
 		atomic_fetch_sub(&slot->refs, 1);
 	}
 	return NULL;
+}
+
+/* Whether any byte of [start, start + len) is guest memory. */
+bool emu_registry_overlaps(uint64_t start, uint64_t len)
+{
+	int high = atomic_load_explicit(&registry_high, memory_order_acquire);
+
+	for (int i = 0; i < high; i++)
+		if (start < atomic_load(&registry[i].end) && atomic_load(&registry[i].start) < start + len)
+			return true;
+	return false;
 }
 
 void emu_registry_put(struct emu_region *r)
@@ -99,14 +120,34 @@ static void registry_remove(struct emu_region *r)
 	pthread_mutex_unlock(&registry_lock);
 }
 
+static void forked(void)
+{
+	for (int i = 0; i < MAX_REGIONS; i++) {
+		uint64_t start = atomic_load(&registry[i].start), end = atomic_load(&registry[i].end);
+
+		if (atomic_load(&registry[i].region))
+			mmap((void *)(uintptr_t)start, end - start, PROT_NONE,
+			     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
+		atomic_store(&registry[i].region, NULL);
+		atomic_store(&registry[i].start, 0);
+		atomic_store(&registry[i].end, 0);
+		atomic_store(&registry[i].refs, 0);
+	}
+	regions_open = 0;
+	pthread_mutex_init(&registry_lock, NULL); /* may have been held by a thread that isn't here */
+	emu_sigbus_forked();
+	emu_advise_forked();
+}
+
 /* One read-only mapping of zero pages for the life of the process: it costs page-table entries and no memory. */
 static const uint8_t *zero_source;
 
-static void zero_source_map(void)
+static void once_per_process(void)
 {
 	size_t len = (size_t)EMU_BLOCK_FRAMES << EMU_FRAME_SHIFT;
 	uint8_t *p = mmap(NULL, len, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
+	pthread_atfork(NULL, NULL, forked);
 	if (p == MAP_FAILED)
 		return;
 	madvise(p, len, MADV_NOHUGEPAGE);
@@ -133,7 +174,7 @@ int emu_region_open(void *base, uint64_t frames, const struct emu_region_options
 		return -EINVAL;
 	if (!o->fault_around || o->fault_around > EMU_BLOCK_FRAMES || (o->fault_around & (o->fault_around - 1)))
 		return -EINVAL;
-	pthread_once(&once, zero_source_map);
+	pthread_once(&once, once_per_process);
 	if (!zero_source)
 		return -ENOMEM;
 	r = aligned_alloc(128, (sizeof(*r) + 127) / 128 * 128);
@@ -188,13 +229,37 @@ out_free:
 	return err;
 }
 
+int emu_region_enter(struct emu_region *r)
+{
+	atomic_fetch_add(&r->calls, 1);
+	if (!atomic_load(&r->closed))
+		return 0;
+	emu_region_leave(r);
+	return -ESHUTDOWN;
+}
+
+void emu_region_leave(struct emu_region *r)
+{
+	if (atomic_fetch_sub(&r->calls, 1) == 1 && atomic_load(&r->closed))
+		emu_futex(&r->calls, FUTEX_WAKE, INT32_MAX);
+}
+
 /*
- * The caller has refused new calls and seen the last one return.  What may still run is a handler for a raw access
- * (the registry waits for it) and, with the thread service, sleepers on a missing frame: the service drains what was
- * queued before it stops, since closing a uffd under a sleeping thread hands that thread a page of zeros.
+ * What may still run when the last call has returned is a handler for a raw access (the registry waits for it) and, with
+ * the thread service, sleepers on a missing frame: the service drains what was queued before it stops, since closing a
+ * uffd under a sleeping thread hands that thread a page of zeros.
  */
 int emu_region_close(struct emu_region *r)
 {
+	uint32_t open = 0, calls;
+
+	if (!atomic_compare_exchange_strong(&r->closed, &open, 1)) {
+		while (atomic_load(&r->closed) == 1)
+			emu_futex(&r->closed, FUTEX_WAIT, 1);
+		return 0;
+	}
+	while ((calls = atomic_load(&r->calls)))
+		emu_futex(&r->calls, FUTEX_WAIT, calls);
 	emu_service_stop(r);
 	registry_remove(r);
 	if (r->uffd >= 0)
@@ -202,8 +267,15 @@ int emu_region_close(struct emu_region *r)
 	munmap(r->tables, r->tables_len);
 	if (r->pagemap_fd >= 0)
 		close(r->pagemap_fd);
-	free(r);
+	atomic_store(&r->closed, 2);
+	emu_futex(&r->closed, FUTEX_WAKE, INT32_MAX);
 	return 0;
+}
+
+void emu_region_free(struct emu_region *r)
+{
+	emu_region_close(r);
+	free(r);
 }
 
 int emu_region_dead(struct emu_region *r)
@@ -220,11 +292,15 @@ int64_t emu_region_table_bytes(struct emu_region *r)
 {
 	struct emu_residency res;
 	int64_t pages;
+	int err = emu_region_enter(r);
 
+	if (err)
+		return err;
 	/* present, less the shared zero page that reading an unpopulated table maps */
 	if (!emu_residency_scan((uintptr_t)r->tables, (r->tables_len + 4095) & ~(size_t)4095, &res))
 		pages = res.present - res.zeropage;
 	else
 		pages = emu_residency_mincore((uintptr_t)r->tables, (r->tables_len + 4095) & ~(size_t)4095);
+	emu_region_leave(r);
 	return (pages < 0 ? 0 : pages << EMU_FRAME_SHIFT) + (int64_t)sizeof(*r);
 }

@@ -6,7 +6,7 @@
  *
  *                      own page   shared zero page   swapped   lazily freed   poison marker
  *   smaps Rss             yes            no             no          yes             no        (read in Python)
- *   PAGEMAP_SCAN          yes     yes, and says so   says so        yes             no
+ *   PAGEMAP_SCAN          yes     yes, and says so   says so        yes         as swapped
  *   mincore               yes           yes             no          yes             no
  *
  * so Rss = PRESENT - PFNZERO, and mincore is an upper bound.  None of them sees that the frames of a partly discarded

@@ -64,11 +64,16 @@ void emu_ring_push(struct emu_region *r, int type, uint64_t gfn, uint64_t count,
 }
 
 /* One reader at a time: the caller sees to it. */
-size_t emu_ring_drain(struct emu_region *r, struct emu_event *ret, size_t cap)
+int64_t emu_ring_drain(struct emu_region *r, struct emu_event *ret, size_t cap)
 {
 	struct emu_ring *ring = r->ring;
-	uint64_t pos = atomic_load_explicit(&ring->tail, memory_order_relaxed);
+	int err = emu_region_enter(r);
+	uint64_t pos;
 	size_t n = 0;
+
+	if (err)
+		return err;
+	pos = atomic_load_explicit(&ring->tail, memory_order_relaxed);
 
 	for (; n < cap; n++, pos++) {
 		uint64_t i = pos % SLOTS;
@@ -80,12 +85,19 @@ size_t emu_ring_drain(struct emu_region *r, struct emu_event *ret, size_t cap)
 		atomic_store_explicit(&slot->seq, pos + SLOTS - i, memory_order_release);
 	}
 	atomic_store_explicit(&ring->tail, pos, memory_order_relaxed);
-	return n;
+	emu_region_leave(r);
+	return (int64_t)n;
 }
 
-void emu_ring_trace_faults(struct emu_region *r, int on)
+int emu_ring_trace_faults(struct emu_region *r, int on)
 {
+	int err = emu_region_enter(r);
+
+	if (err)
+		return err;
 	atomic_store_explicit(&r->ring->trace_faults, on, memory_order_relaxed);
+	emu_region_leave(r);
+	return 0;
 }
 
 bool emu_ring_traces_faults(const struct emu_region *r)

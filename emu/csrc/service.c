@@ -8,6 +8,10 @@
  * one ioctl, does the books, and then wakes the sleepers with another.  What one message alone needs (BUSY, LAZY, LOST) goes through the
  * same resolver as the inline service.
  *
+ * A fault on a frame that is present by our books is either late (another thread's install came first: wake the
+ * sleeper) or tells that the page was taken behind our back; the kernel is asked which, since waking alone would bring
+ * the same message for ever.
+ *
  * A fault that can't be served (no memory) poisons its frame: the access raises SIGBUS and the guarded copy returns
  * an error.  If the thread itself can't go on, it poisons all that is missing, wakes everybody, and every later call
  * fails: a sleeper must never be left asleep, nor handed zeros by a closed descriptor.
@@ -23,6 +27,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #define BATCH 64
@@ -39,30 +44,47 @@ static int by_gfn(const void *a, const void *b)
 	return x->gfn < y->gfn ? -1 : x->gfn > y->gfn;
 }
 
-/* Frames held BUSY for which there is no page: make every access to them fail from now on. */
-static void refuse(struct emu_region *r, uint64_t gfn)
+/* What is missing in [gfn, gfn + count) and can't be had: from now on accesses to it fail. */
+void emu_service_refuse(struct emu_region *r, uint64_t gfn, uint64_t count)
 {
-	uint8_t state = emu_state_load(r, gfn);
+	const uint64_t end = gfn + count;
 
-	while (state == EMU_ZERO || state == EMU_LAZY) {
-		if (emu_state_try(r, gfn, state, EMU_BUSY)) {
-			emu_lose(r, gfn, 1);
-			emu_state_publish(r, gfn, EMU_LOST);
-			emu_state_moved(r, state, EMU_LOST, 1);
-			emu_state_wake(r, gfn, 1);
-			emu_ring_push(r, EMU_EV_POISON, gfn, 1, 0);
-			break;
+	while (gfn < end) {
+		uint8_t state = emu_state_load(r, gfn);
+		uint64_t n = 0;
+
+		if (state == EMU_BUSY) {
+			emu_state_wait(r, gfn);
+			continue;
 		}
-		state = emu_state_load(r, gfn);
+		if (state != EMU_ZERO && state != EMU_LAZY) {
+			gfn++;
+			continue;
+		}
+		while (gfn + n < end && n < EMU_BLOCK_FRAMES && emu_state_load(r, gfn + n) == state &&
+		       emu_state_try(r, gfn + n, state, EMU_BUSY))
+			n++;
+		if (!n)
+			continue;
+		if (state == EMU_LAZY) /* given back already; present or not, it must not be dropped unseen later */
+			madvise(emu_frame(r, gfn), n << EMU_FRAME_SHIFT, MADV_DONTNEED);
+		emu_lose(r, gfn, n);
+		for (uint64_t k = 0; k < n; k++)
+			emu_state_publish(r, gfn + k, EMU_LOST);
+		emu_state_moved(r, state, EMU_LOST, (int64_t)n);
+		emu_state_wake(r, gfn, n);
+		gfn += n;
 	}
 }
 
 static void serve_one(struct emu_region *r, uint64_t gfn, bool write)
 {
-	int err = emu_fault_resolve(r, gfn, write);
+	uint8_t state = emu_state_load(r, gfn);
 
-	if (err)
-		refuse(r, gfn);
+	if (state == EMU_RESIDENT || state == EMU_ZEROMAP)
+		emu_fault_vanished(r, gfn);
+	else if (emu_fault_resolve(r, gfn, write))
+		emu_service_refuse(r, gfn, 1);
 	emu_uffd_wake(r->uffd, (uintptr_t)emu_frame(r, gfn), EMU_FRAME_SIZE);
 }
 
@@ -141,8 +163,7 @@ void emu_service_die(struct emu_region *r, int err)
 {
 	atomic_store(&r->dead, err);
 	emu_ring_push(r, EMU_EV_SERVICE_DIED, 0, 0, err);
-	for (uint64_t gfn = 0; gfn < r->frames; gfn++)
-		refuse(r, gfn);
+	emu_service_refuse(r, 0, r->frames);
 	emu_uffd_wake(r->uffd, (uintptr_t)r->base, r->frames << EMU_FRAME_SHIFT);
 }
 

@@ -13,8 +13,9 @@
  *  - A handler installed over ours later (faulthandler.enable() in a pytest plugin) would take the next guest fault for
  *    a crash.  So every call that touches guest memory checks, with one sigaction(2), that the signal is still ours,
  *    and if it isn't, puts the newcomer on top of `formers` and itself back in front.
- *  - Handlers that were on the chain may have been disabled since and simply return.  The access then faults again
- *    at once: after FOREIGN_TRIES at one address the next older one is asked, and at the end the default kills.
+ *  - A handler on the chain may have been disabled since and simply return (faulthandler does).  If it left the context
+ *    as it was and the address still can't be read, it hasn't helped, and the next older one is asked; at the end the
+ *    default kills.  A handler that repairs, changes the context or jumps out is never asked twice for one fault.
  *  - faulthandler's handler re-raises: it restores what it replaced and calls raise().  Two cases reach us as a signal
  *    with si_code <= 0.  (1) We called it ourselves for a foreign fault: `chaining` is set, the next older one is
  *    asked.  (2) It sat on top of us and took a guest's fault from a raw access (no call of ours came between to put
@@ -37,12 +38,12 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <ucontext.h>
 #include <unistd.h>
 
 #define MAX_FORMERS 8
-#define FOREIGN_TRIES 16
-#define SPURIOUS_TRIES 100000
+#define SPURIOUS_TRIES 64
 
 /* An immutable snapshot of the chain, newest last. Snapshots are kept and reused, never freed: a handler may hold one. */
 struct formers {
@@ -163,11 +164,36 @@ void emu_sigbus_block(void)
 	pthread_sigmask(SIG_BLOCK, &bus, NULL);
 }
 
+/* In a forked child: no region is left. The handler stays; all that it meets is foreign. */
+void emu_sigbus_forked(void)
+{
+	pthread_mutex_init(&lock, NULL);
+}
+
+/* Without faulting: the kernel reads the mask before it finds that there is no such operation. */
+static bool readable(uint64_t addr)
+{
+	return syscall(SYS_rt_sigprocmask, -1, addr & ~(uint64_t)7, NULL, 8) == 0 || errno != EFAULT;
+}
+
+static uint64_t program_counter(const ucontext_t *uc)
+{
+#if defined(__x86_64__)
+	return (uint64_t)uc->uc_mcontext.gregs[REG_RIP];
+#elif defined(__aarch64__)
+	return uc->uc_mcontext.pc;
+#else
+	(void)uc;
+	return 0;
+#endif
+}
+
 /* Hand the signal to handler number `depth` from the newest; past the oldest, the default: death by SIGBUS. */
 static void chain(int sig, siginfo_t *si, void *context, int depth)
 {
 	struct formers *f = atomic_load(&formers);
 	int i = f ? f->n - 1 - depth : -1;
+	uint64_t pc;
 
 	if (i < 0 || !is_function(&f->action[i])) {
 		struct sigaction dfl = { .sa_handler = SIG_DFL };
@@ -180,12 +206,15 @@ static void chain(int sig, siginfo_t *si, void *context, int depth)
 			raise(sig);
 		return; /* a fault comes again by itself, now to the default */
 	}
+	pc = program_counter(context);
 	emu_thread.chaining = depth + 1;
 	if (f->action[i].sa_flags & SA_SIGINFO)
 		f->action[i].sa_sigaction(sig, si, context);
 	else
 		f->action[i].sa_handler(sig);
 	emu_thread.chaining = 0;
+	if (si->si_code > 0 && program_counter(context) == pc && !readable((uintptr_t)si->si_addr))
+		chain(sig, si, context, depth + 1);
 }
 
 static bool is_write(const ucontext_t *context)
@@ -198,14 +227,37 @@ static bool is_write(const ucontext_t *context)
 #endif
 }
 
-/* Another thread may have moved the thread-local counters on only by being this thread: they need no atomics. */
-static bool loops(uint64_t addr, unsigned limit)
+/*
+ * A fault on a frame that is present by our books happens when another thread's install came first, and then once.  Many
+ * in a row at one address mean that its page isn't there, and fault.c finds out.
+ */
+static bool loops(uint64_t addr)
 {
 	if (emu_thread.last_addr != addr) {
 		emu_thread.last_addr = addr;
 		emu_thread.same_addr = 0;
 	}
-	return ++emu_thread.same_addr > limit;
+	return ++emu_thread.same_addr % SPURIOUS_TRIES == 0;
+}
+
+static int serve(struct emu_region *r, uint64_t addr, uint64_t gfn, const siginfo_t *si, const ucontext_t *uc)
+{
+	uint8_t state = emu_state_load(r, gfn);
+
+	if (si->si_code == BUS_MCEERR_AR || si->si_code == BUS_MCEERR_AO)
+		return -EFAULT; /* the host's memory failed: nothing to install */
+	if (state == EMU_RESIDENT || state == EMU_ZEROMAP)
+		return loops(addr) ? emu_fault_vanished(r, gfn) : 0;
+	emu_thread.same_addr = 0;
+	/*
+	 * With the thread service, only a poisoned frame raises a signal.  If it isn't LOST any more (unpoisoned
+	 * meanwhile), the access comes again and is then the service's.
+	 */
+	if (r->service == EMU_SERVICE_INLINE || state == EMU_LOST)
+		return emu_fault_resolve(r, gfn, is_write(uc));
+	if (state == EMU_BUSY)
+		emu_state_wait(r, gfn);
+	return 0;
 }
 
 static void on_sigbus(int sig, siginfo_t *si, void *context)
@@ -220,37 +272,24 @@ static void on_sigbus(int sig, siginfo_t *si, void *context)
 		emu_thread.let_go = 0;
 		if (r) {
 			struct emu_guard *guard = atomic_load_explicit(&emu_thread.guard, memory_order_relaxed);
-			int64_t before = atomic_load_explicit(&r->state[gfn], memory_order_relaxed);
-			/* with the thread service, only a poisoned frame raises a signal (or memory that failed) */
-			bool ours = r->service == EMU_SERVICE_INLINE || before == EMU_LOST || before == EMU_BUSY;
-			int err = ours ? emu_fault_resolve(r, gfn, is_write(uc)) : -EFAULT;
+			int err = serve(r, addr, gfn, si, uc);
 
-			/*
-			 * A fault on a frame that we hold present, again and again: the page was taken behind our back
-			 * (a stray madvise on the mapping), or the host's memory failed.  Serving zeros would hide the
-			 * loss.  Every real install in between changes the state seen, and starts the count again.
-			 */
-			if (!err && (before == EMU_RESIDENT || before == EMU_ZEROMAP)) {
-				if (loops(addr, SPURIOUS_TRIES))
-					err = -EFAULT;
-			} else if (!err) {
-				emu_thread.same_addr = 0;
-			}
-			if (err && guard && guard->region == r) {
-				emu_registry_put(r);
-				guard->err = err;
-				guard->gfn = gfn;
-				errno = saved_errno;
-				siglongjmp(guard->env, 1);
-			}
 			emu_registry_put(r);
 			if (!err) {
 				errno = saved_errno;
 				return;
 			}
+			/* of whatever region: the buffer of a copy may be a view of another one */
+			if (guard) {
+				guard->err = err;
+				guard->gfn = gfn;
+				errno = saved_errno;
+				siglongjmp(guard->env, 1);
+			}
 		}
-		loops(addr, 0);
-		chain(sig, si, context, emu_thread.chaining + (int)((emu_thread.same_addr - 1) / FOREIGN_TRIES));
+		/* a former that jumped out of the last one has left this set */
+		emu_thread.chaining = 0;
+		chain(sig, si, context, 0);
 	} else if (emu_thread.chaining) {
 		chain(sig, si, context, emu_thread.chaining);
 	} else {

@@ -88,7 +88,7 @@ void emu_state_publish(struct emu_region *r, uint64_t gfn, uint8_t to)
 	atomic_store_explicit(&r->state[gfn], to, memory_order_release);
 }
 
-static long futex(_Atomic uint32_t *word, int op, uint32_t val)
+long emu_futex(_Atomic uint32_t *word, int op, uint32_t val)
 {
 	return syscall(SYS_futex, word, op | FUTEX_PRIVATE_FLAG, val, NULL, NULL, 0);
 }
@@ -110,7 +110,7 @@ void emu_state_wake(struct emu_region *r, uint64_t gfn, uint64_t count)
 		if (!atomic_load_explicit(&q->waiters, memory_order_relaxed))
 			continue;
 		atomic_fetch_add_explicit(&q->seq, 1, memory_order_seq_cst);
-		futex(&q->seq, FUTEX_WAKE, INT32_MAX);
+		emu_futex(&q->seq, FUTEX_WAKE, INT32_MAX);
 	}
 }
 
@@ -125,7 +125,7 @@ void emu_state_wait(struct emu_region *r, uint64_t gfn)
 	atomic_thread_fence(memory_order_seq_cst);
 	seq = atomic_load_explicit(&q->seq, memory_order_seq_cst);
 	if (emu_state_load(r, gfn) == EMU_BUSY)
-		futex(&q->seq, FUTEX_WAIT, seq);
+		emu_futex(&q->seq, FUTEX_WAIT, seq);
 	atomic_fetch_sub_explicit(&q->waiters, 1, memory_order_relaxed);
 }
 
@@ -139,8 +139,10 @@ void emu_state_moved(struct emu_region *r, uint8_t from, uint8_t to, int64_t fra
 
 int emu_states_copy(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret)
 {
-	if (!emu_range_ok(r, gfn, count))
-		return -ERANGE;
+	int err = emu_range_ok(r, gfn, count) ? emu_region_enter(r) : -ERANGE;
+
+	if (err)
+		return err;
 	for (uint64_t end = gfn + count; gfn < end;) {
 		uint64_t next = (gfn / EMU_BLOCK_FRAMES + 1) * EMU_BLOCK_FRAMES;
 
@@ -156,5 +158,6 @@ int emu_states_copy(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t 
 		for (; gfn < next; gfn++)
 			*ret++ = emu_state_load(r, gfn);
 	}
+	emu_region_leave(r);
 	return 0;
 }

@@ -39,13 +39,19 @@ const char *emu_stats_name(int i)
 	return i >= 0 && i < EMU_NR_STATS ? names[i] : NULL;
 }
 
-void emu_stats_read(struct emu_region *r, int64_t *ret)
+int emu_stats_read(struct emu_region *r, int64_t *ret)
 {
+	int err = emu_region_enter(r);
+
+	if (err)
+		return err;
 	memset(ret, 0, sizeof(*ret) * EMU_NR_STATS);
 	for (int s = 0; s < EMU_STRIPES; s++)
 		for (int i = 0; i < EMU_NR_STATS; i++)
 			ret[i] += atomic_load_explicit(&r->stripe[s].n[i], memory_order_relaxed);
 	ret[EMU_STAT_nr_zero] += (int64_t)r->frames; /* every frame starts there */
+	emu_region_leave(r);
+	return 0;
 }
 
 uint64_t emu_now_ns(void)

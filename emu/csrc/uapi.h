@@ -186,6 +186,6 @@ struct pm_scan_arg {
 #ifndef SYS_pidfd_open
 #define SYS_pidfd_open 434
 #endif
-#define PIDFD_SELF_PROCESS (-10001) /* 6.14: the thread group; -10000 is the thread */
+#define PIDFD_SELF_THREAD_GROUP (-10001) /* "this process" without a descriptor, recent; older kernels get a real one */
 
 #endif

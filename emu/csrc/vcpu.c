@@ -33,7 +33,7 @@ static void *run(void *arg)
 	return NULL;
 }
 
-int emu_vcpu_run(struct emu_region *r, const struct emu_range *ranges, size_t n, struct emu_vcpu_job *job)
+static int run_job(struct emu_region *r, const struct emu_range *ranges, size_t n, struct emu_vcpu_job *job)
 {
 	uint64_t frames = 0, given = 0;
 	int err = emu_ranges_check(r, ranges, n);
@@ -113,5 +113,16 @@ int emu_vcpu_run(struct emu_region *r, const struct emu_range *ranges, size_t n,
 		free(v->walk.bad);
 	}
 	free(vcpus);
+	return err;
+}
+
+int emu_vcpu_run(struct emu_region *r, const struct emu_range *ranges, size_t n, struct emu_vcpu_job *job)
+{
+	int err = emu_region_enter(r);
+
+	if (err)
+		return err;
+	err = run_job(r, ranges, n, job);
+	emu_region_leave(r);
 	return err;
 }

@@ -111,7 +111,7 @@ def test_load_proves_every_file(tmp_path):
         ("run memhog --return never", "now, lazy"),
         ("run memhog --rounds 0", "from 1 to"),
         ("run memhog --rounds x", "rounds"),
-        ("run memhog --speed 0", "above 0"),
+        ("run memhog --speed 0", "at least 0.001"),
         ("run memhog --disable magic", "known are"),
         ("run memhog --frobnicate", "frobnicate"),
         ("run load", "path"),

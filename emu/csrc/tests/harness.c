@@ -48,6 +48,9 @@ struct rig *rig_open(uint64_t frames, int service, uint32_t fault_around, uint32
 void rig_close(struct rig *rig)
 {
 	CHECK_EQ(emu_region_close(rig->r), 0);
+	CHECK_EQ(emu_region_close(rig->r), 0);
+	CHECK_EQ(rig_run(rig, EMU_TOUCH_READ, 0, 1, 0, 1, NULL), -ESHUTDOWN);
+	emu_region_free(rig->r);
 	if (rig->uffd >= 0)
 		close(rig->uffd);
 	munmap(rig->map, rig->map_len);

@@ -4,6 +4,7 @@
 
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 static struct rig *open_or_null(int s, uint32_t disable)
@@ -92,6 +93,61 @@ static int lazily_freed_frames_go_under_pressure_and_written_ones_stay(void)
 	return 0;
 }
 
+/* A locked page in the middle refuses MADV_DONTNEED: what was done before it is done, and the books know how far. */
+static int a_refusal_in_the_middle_leaves_true_books(void)
+{
+	for (int s = 0; s < 3; s++)
+		for (int vectored = 0; vectored < 2; vectored++)
+			for (int verb = 0; verb < 3; verb++) {
+				struct rig *rig = open_or_null(s, vectored ? 0 : EMU_NO_PROCESS_MADVISE);
+				struct emu_range ranges[3] = { { 0, 200, 0 }, { 300, 300, 0 }, { 700, 100, 0 } };
+				uint64_t bad;
+
+				if (!rig)
+					return SKIPPED;
+				CHECK_EQ(rig_run(rig, EMU_FILL, 0, 1000, 1, 1, NULL), 0);
+				if (syscall(SYS_mlock, emu_frame(rig->r, 450), 4096L)) { /* sanitizers stub mlock() */
+					rig_close(rig);
+					return SKIPPED; /* RLIMIT_MEMLOCK */
+				}
+				CHECK_EQ((verb == 0   ? emu_discard(rig->r, ranges, 3)
+				          : verb == 1 ? emu_lazy_free(rig->r, ranges, 3)
+				                      : emu_poison(rig->r, ranges, 3)), -EINVAL);
+				rig_check_books(rig);
+				if (verb == 0)
+					CHECK_EQ(rig_stat(rig, "nr_resident"), 1000 - 200 - 150);
+				for (uint64_t i = 0; i < 1000; i++) {
+					uint8_t state = emu_state_load(rig->r, i);
+					int err = rig_run(rig, EMU_VERIFY, i, 1, 1, 1, &bad);
+
+					if (state == EMU_LOST)
+						CHECK_EQ(err, -EHWPOISON);
+					else if (state == EMU_RESIDENT)
+						CHECK_EQ(err ? err : (int)bad, 0);
+					else
+						CHECK_EQ(err, 0);
+				}
+				CHECK_EQ(syscall(SYS_munlock, emu_frame(rig->r, 450), 4096L), 0);
+				CHECK(emu_discard(rig->r, &(struct emu_range){ 0, 1000, 0 }, 1) >= 0);
+				CHECK_EQ(rig_rss(rig), 0);
+				rig_close(rig);
+			}
+	return 0;
+}
+
+static int zero_pages_are_not_lazily_freed(void)
+{
+	struct rig *rig = rig_open(64, EMU_SERVICE_OFF, 1, 0);
+
+	CHECK_EQ(rig_run(rig, EMU_TOUCH_READ, 0, 10, 0, 1, NULL), 0);
+	CHECK_EQ(rig_run(rig, EMU_TOUCH_WRITE, 20, 10, 0, 1, NULL), 0);
+	CHECK_EQ(emu_lazy_free(rig->r, &(struct emu_range){ 0, 64, 0 }, 1), 10);
+	CHECK_EQ(rig_stat(rig, "nr_zeromap"), 10);
+	rig_check_books(rig);
+	rig_close(rig);
+	return 0;
+}
+
 static int events_tell_what_was_taken(void)
 {
 	struct rig *rig = rig_open(64, EMU_SERVICE_OFF, 1, 0);
@@ -111,6 +167,8 @@ const struct test reclaim_tests[] = {
 	{ "reclaim: discard takes what holds memory and no more", discard_takes_what_holds_memory_and_no_more },
 	{ "reclaim: lazily freed frames go under pressure, written ones stay",
 	  lazily_freed_frames_go_under_pressure_and_written_ones_stay },
+	{ "reclaim: a refusal in the middle leaves true books", a_refusal_in_the_middle_leaves_true_books },
+	{ "reclaim: zero pages are not lazily freed", zero_pages_are_not_lazily_freed },
 	{ "reclaim: events tell what was taken", events_tell_what_was_taken },
 	{ NULL, NULL },
 };
