@@ -147,7 +147,8 @@ class Region:
     def close(self) -> None:
         """Refuse new calls, wait for those under way, stop the service, unregister. Returns when all that is done.
 
-        A second call, also from another thread meanwhile, waits for the same. In a forked child there is nothing to undo.
+        A second call, also from another thread meanwhile, waits for the same. In a forked child there is nothing to
+        undo.
         """
         self._closed = True
         if not self.foreign:
@@ -162,7 +163,9 @@ class Region:
                 f"the fault service has died ({dead}); its missing frames are poisoned: close the RAM"
             )
         if progress is None:
-            return HostError(f"the kernel refused to take memory back: {os.strerror(-err)} (is some of it locked, mlock?)")
+            return HostError(
+                f"the kernel refused to take memory back: {os.strerror(-err)} (is some of it locked, mlock?)"
+            )
         if err == -errno.EINVAL:
             return BadValue("the core refused the arguments")
         return GuestMemoryError(-err, int(progress.bad_gfn), int(progress.done) // unit)

@@ -22,7 +22,8 @@ leaves the same blocks in the same places as its aligned blocks freed one after 
 when its last frame is freed. tests/stateful holds the two against each other.
 
 Deviations: no watermark boost after a steal, no highatomic, isolated or CMA pageblocks, no shuffling, no
-ALLOC_NOFRAGMENT; allocated frames count as movable when their pageblock is (Linux looks at each page).
+ALLOC_NOFRAGMENT; a pageblock's frames that aren't free count as movable when it is (Linux looks at each page, and not
+at those on per-CPU lists); what comes back from a per-CPU list goes to its pageblock's type of now, not of its free.
 """
 
 import enum
@@ -357,8 +358,11 @@ class Buddy:
             self._move(order, block, migratetype)
             return
         start = first << PAGEBLOCK_ORDER
+        if start + _PAGEBLOCK > self.frames:  # move_freepages_block() leaves a pageblock that the zone's end cuts
+            self._move(order, block, migratetype)
+            return
         free = self._move_pageblock(start, migratetype)
-        in_use = min(_PAGEBLOCK, self.frames - start) - free
+        in_use = _PAGEBLOCK - free
         movable = in_use if old == MigrateType.MOVABLE else 0
         alike = movable
         if migratetype != MigrateType.MOVABLE:  # not movable, so of our kind; unless the whole pageblock wasn't
@@ -378,11 +382,10 @@ class Buddy:
     def _move_pageblock(self, start: int, migratetype: int) -> int:
         # move_freepages_block(): every free block of the pageblock to our lists; returns their frames
         frame, free = start, 0
-        end = min(start + _PAGEBLOCK, self.frames)
-        while frame < end:
+        while frame < start + _PAGEBLOCK:
             for order in range(PAGEBLOCK_ORDER):
                 block = frame >> order
-                if block << order == frame and block < self._head[order] and self._flags[order][block]:
+                if block << order == frame and self._flags[order][block]:
                     self._move(order, block, migratetype)
                     free += 1 << order
                     frame += 1 << order
@@ -395,6 +398,16 @@ class Buddy:
         """Turn an allocated block into 2^order frames, each allocated by itself (split_page)."""
         frame = self._check_allocated(pfn, order)
         self._allocated[frame : frame + (1 << order)] = b"\x01" * (1 << order)
+
+    def check_blocks(self, frame: int, count: int, order: int) -> None:
+        """Raise AllocatorError unless count blocks in a row, relative to base, are allocated with that order."""
+        if order == 0:
+            marks = bytes(self._allocated[frame : frame + count])
+            if marks.count(1) == count:
+                return
+            frame, count = frame + next(i for i, mark in enumerate(marks) if mark != 1), 1
+        for block in range(count):
+            self._check_allocated(self.base + frame + (block << order), order)
 
     # ---- for the per-CPU lists: frames that are neither allocated nor on a free list
 

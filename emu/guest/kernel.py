@@ -1,8 +1,9 @@
 """GuestKernel: zones, page allocation, processes and timers of one guest.
 
 Page allocation is get_page_from_freelist() and the end of its slow path (mm/page_alloc.c, Linux 6.1): zones from the
-highest down, first above their low watermarks, then above min, then once more after draining the per-CPU lists; then
-there is no memory. Nothing can be reclaimed yet, so there is no kswapd between the two.
+highest down, first above their low watermarks, then above min, then once more after splitting half-unmapped huge pages
+and draining the per-CPU lists; then there is no memory. Nothing can be reclaimed yet, so there is no kswapd between
+the two.
 
 Deviations: all RAM is managed (no kernel image, no struct pages: a guest that has done nothing uses nothing), the
 zones are flat, and one CPU runs the kernel; `cpus` only shares the per-CPU lists' high mark out.
@@ -17,7 +18,7 @@ from emu.clock import Clock
 from emu.errors import BadValue, GuestError
 from emu.guest.buddy import PAGEBLOCK_ORDER, Buddy, MigrateType
 from emu.guest.memory import GuestMemory, Op
-from emu.guest.process import Process
+from emu.guest.process import Mapping, Process
 from emu.guest.reporting import PageReporting
 from emu.guest.timers import Timers
 from emu.guest.zone import Zone, zone_spans, zone_watermarks
@@ -58,9 +59,21 @@ class GuestKernel:
         self.timers = Timers()
         self.reporting: PageReporting | None = None
         self.processes: list[Process] = []
-        #: counters, as /proc/vmstat names them
+        #: mappings with huge pages of which a part is unmapped (split_queue of a node)
+        self.deferred_split: list[Mapping] = []
+        #: counters, named as in /proc/vmstat where it has them (pgalloc is the sum over its zones)
         self.vmstat = dict.fromkeys(
-            ("pgalloc", "pgfree", "pgfault", "thp_fault_alloc", "thp_fault_fallback", "thp_split_page", "drain_pages"),
+            (
+                "pgalloc",
+                "pgfree",
+                "pgfault",
+                "thp_fault_alloc",
+                "thp_fault_fallback",
+                "thp_split_pmd",
+                "thp_deferred_split_page",
+                "thp_split_page",
+                "drain_all_pages",
+            ),
             0,
         )
         self._pids = itertools.count(1)
@@ -79,6 +92,7 @@ class GuestKernel:
         for process in self.processes:
             process.forget()
         self.processes.clear()
+        self.deferred_split.clear()
         for zone in self.zones:
             zone.buddy.on_free = None
             zone.buddy.release()
@@ -140,6 +154,8 @@ class GuestKernel:
         left = count
         for attempt in ("low", "min", "drained"):
             if attempt == "drained":
+                for mapping in list(self.deferred_split):  # deferred_split_scan()
+                    mapping.split_deferred()
                 self.drain_pages()
             for i in range(len(self.zones) - 1, -1, -1):
                 zone = self.zones[i]
@@ -202,7 +218,7 @@ class GuestKernel:
 
     def drain_pages(self) -> None:
         """Give all per-CPU lists back to the buddy (drain_all_pages)."""
-        self.vmstat["drain_pages"] += 1
+        self.vmstat["drain_all_pages"] += 1
         for zone in self.zones:
             zone.pcp.drain()
 

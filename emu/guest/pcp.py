@@ -151,9 +151,10 @@ class PerCpuPages:
     def free(self, pfn: int, order: int, count: int = 1) -> None:
         """Take back count allocated blocks of an order that start at pfn and lie in a row, freed in ascending order.
 
-        The caller has checked that they are allocated.
+        Raises AllocatorError, and changes nothing, unless they are allocated with that order.
         """
         frame = pfn - self.buddy.base
+        self.buddy.check_blocks(frame, count, order)
         if not self.buddy.one_migratetype(frame, count << order):
             # pageblocks of different types: each to its own list
             while count:

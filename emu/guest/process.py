@@ -2,7 +2,14 @@
 
 A page gets its frame at its first write (do_anonymous_page), cleared, or a whole huge page where the mapping may have
 them and an aligned 2 MiB of it has none yet (do_huge_pmd_anonymous_page). A read of a page that was never written
-finds the guest's zero page and takes no frame. Unmapping part of a huge page splits it first.
+finds the guest's zero page and takes no frame.
+
+Unmapping part of a huge page splits its mapping only (__split_huge_pmd): its frames stay allocated as one, until all of
+them are unmapped, or until memory is short and the page itself is split (deferred_split_folio). So a huge page with one
+page in use keeps 2 MiB from free page reporting.
+
+A page-table entry is written after its frame was cleared. Were it the other way round, a clear that stops in the middle
+(a lost frame, Ctrl-C) would leave pages that show what another process wrote.
 
 fill() and verify() seed a page's content by its place in its mapping, not by its frame: a page that got mixed up with
 another one is found.
@@ -98,6 +105,8 @@ class Mapping:
         # page table: frame + 1, 0 = not present; and per 2 MiB of the mapping whether it is one huge page
         self._frame = lazy_bytes(4 * self.pages).cast("I")
         self._huge: set[int] = set()
+        # huge pages of which a part is unmapped: first frame -> pages of it still mapped
+        self._partial: dict[int, int] = {}
         self._mapped = [(0, self.pages)]  # what munmap has left, ascending
 
     # ---- access
@@ -152,7 +161,7 @@ class Mapping:
             self._populate(start // FRAME_SIZE, start // FRAME_SIZE + 1)
         if end % FRAME_SIZE and end > start:
             self._populate(end // FRAME_SIZE, end // FRAME_SIZE + 1)
-        self._populate(-(-start // FRAME_SIZE), end // FRAME_SIZE, clear=False)
+        self._populate(-(-start // FRAME_SIZE), end // FRAME_SIZE, start=start, data=view)
         at = 0
         for gfn, count, page in self._ranges(start // FRAME_SIZE, -(-end // FRAME_SIZE)):
             lo = max((page - self._key) * FRAME_SIZE, start)
@@ -240,7 +249,8 @@ class Mapping:
         if start >= 0:
             yield start, end
 
-    def _populate(self, first: int, end: int, *, clear: bool = True) -> None:
+    def _populate(self, first: int, end: int, *, start: int = 0, data: memoryview | None = None) -> None:
+        # Give pages their frames. With data (the bytes at `start` of the mapping), small pages get it instead of zeros.
         for lo, hi in list(self._absent(first, end)):
             page = lo
             while page < hi:
@@ -249,7 +259,8 @@ class Mapping:
                     continue
                 # up to the next place where a huge page may be tried
                 stop = min(hi, (page // _HUGE + 1) * _HUGE) if self.huge else hi
-                self._fault_small(page, stop, clear=clear)
+                part = None if data is None else data[page * FRAME_SIZE - start : stop * FRAME_SIZE - start]
+                self._fault_small(page, stop, part)
                 page = stop
 
     def _fault_huge(self, page: int) -> bool:
@@ -263,26 +274,45 @@ class Mapping:
         if frame is None:
             self._kernel.vmstat["thp_fault_fallback"] += 1
             return False
+        try:
+            self._kernel.memory.vcpu(Op.SET, Ranges.of([(frame, _HUGE)]), 0)
+        except BaseException:
+            self._kernel.free_pages([(frame, 1)], PAGEBLOCK_ORDER)
+            raise
         self._kernel.vmstat["pgfault"] += 1
         self._kernel.vmstat["thp_fault_alloc"] += 1
         self._frame[first : first + _HUGE] = memoryview(array("I", range(frame + 1, frame + 1 + _HUGE)))
         self._huge.add(block)
         self.present += _HUGE
-        self._kernel.memory.vcpu(Op.SET, Ranges.of([(frame, _HUGE)]), 0)
         return True
 
-    def _fault_small(self, first: int, end: int, *, clear: bool) -> None:
+    def _fault_small(self, first: int, end: int, data: memoryview | None) -> None:
+        memory = self._kernel.memory
+        runs = self._kernel.alloc_frames(end - first)
+        spans = [(frame if step > 0 else frame - count + 1, count) for frame, count, step in runs]
+        try:
+            if data is None:  # clear_user_highpage(): what the frame held belongs to somebody else
+                memory.vcpu(Op.SET, Ranges.of(spans), 0)
+            else:
+                at = 0
+                for frame, count, step in runs:
+                    if step > 0:
+                        memory.write(frame * FRAME_SIZE, data[at : at + count * FRAME_SIZE])
+                        at += count * FRAME_SIZE
+                        continue
+                    for k in range(count):
+                        memory.write((frame - k) * FRAME_SIZE, data[at : at + FRAME_SIZE])
+                        at += FRAME_SIZE
+        except BaseException:
+            self._kernel.free_pages(spans)
+            raise
         page = first
-        ranges = Ranges()
-        for frame, count, step in self._kernel.alloc_frames(end - first):
+        for frame, count, step in runs:
             entries = range(frame + 1, frame + 1 + step * count, step)
             self._frame[page : page + count] = memoryview(array("I", entries))
-            ranges.add(frame if step > 0 else frame - count + 1, count, 0)
             page += count
         self.present += page - first
         self._kernel.vmstat["pgfault"] += page - first
-        if clear:  # clear_user_highpage(): what the frame held belongs to somebody else
-            self._kernel.memory.vcpu(Op.SET, ranges, 0)
         if page < end:
             free = self._kernel.free_bytes
             raise OutOfMemory(
@@ -295,9 +325,9 @@ class Mapping:
             )
 
     def _zap(self, first: int, end: int) -> None:
-        # zap_page_range(): huge pages that lie wholly inside go as such, others are split first
-        huge = [block for block in self._huge if block * _HUGE < end and (block + 1) * _HUGE > first]
-        for block in sorted(huge):
+        # zap_page_range(): huge pages that lie wholly inside go as such, of others the mapping is split first
+        vmstat = self._kernel.vmstat
+        for block in sorted(b for b in self._huge if b * _HUGE < end and (b + 1) * _HUGE > first):
             lo, frame = block * _HUGE, self._frame[block * _HUGE] - 1
             self._huge.remove(block)
             if first <= lo and lo + _HUGE <= end:
@@ -305,12 +335,46 @@ class Mapping:
                 self.present -= _HUGE
                 self._kernel.free_pages([(frame, 1)], PAGEBLOCK_ORDER)
             else:
-                zone = self._kernel.zone_of(frame)
-                zone.buddy.split(frame, PAGEBLOCK_ORDER)
-                self._kernel.vmstat["thp_split_page"] += 1
+                vmstat["thp_split_pmd"] += 1
+                vmstat["thp_deferred_split_page"] += 1
+                self._partial[frame] = _HUGE
+                if self not in self._kernel.deferred_split:
+                    self._kernel.deferred_split.append(self)
         entries = self._frame[first:end]
         frames = array("I", [entry - 1 for entry in entries if entry])
-        if frames:
-            entries[:] = memoryview(bytes(4 * (end - first))).cast("I")
-            self.present -= len(frames)
-            self._kernel.free_pages(_runs(frames))
+        if not frames:
+            return
+        entries[:] = memoryview(bytes(4 * (end - first))).cast("I")
+        self.present -= len(frames)
+        if self._partial:
+            frames = self._unmap_from_partial(frames)
+        self._kernel.free_pages(_runs(frames))
+
+    def _unmap_from_partial(self, frames: "array[int]") -> "array[int]":
+        # Those of the frames that belong to no half-unmapped huge page; one that has lost its last page is freed whole.
+        single = array("I")
+        for frame in frames:
+            head = frame & -_HUGE
+            if head not in self._partial:
+                single.append(frame)
+                continue
+            self._partial[head] -= 1
+            if not self._partial[head]:
+                del self._partial[head]
+                self._kernel.free_pages([(head, 1)], PAGEBLOCK_ORDER)
+        if not self._partial:
+            self._kernel.deferred_split.remove(self)
+        return single
+
+    def split_deferred(self) -> None:
+        """Split the huge pages of which a part is unmapped, and free those parts (under memory pressure)."""
+        mapped = {entry - 1 for entry in self._frame if entry} if self._partial else set()
+        for head in sorted(self._partial):
+            self._kernel.zone_of(head).buddy.split(head, PAGEBLOCK_ORDER)
+            self._kernel.vmstat["thp_split_page"] += 1
+            self._kernel.free_pages(
+                _runs(array("I", [frame for frame in range(head, head + _HUGE) if frame not in mapped]))
+            )
+        self._partial.clear()
+        if self in self._kernel.deferred_split:
+            self._kernel.deferred_split.remove(self)

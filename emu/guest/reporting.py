@@ -102,9 +102,13 @@ class PageReporting:
         self.state = ReportingState.ACTIVE
         self.next_pass = None
         self.passes += 1
-        for zone in self._zones:
-            if not self._process_zone(zone):
-                break
+        try:
+            for zone in self._zones:
+                if not self._process_zone(zone):
+                    break
+        except BaseException:
+            self.state = ReportingState.IDLE  # the next free asks again
+            raise
         # cmpxchg: whoever asked meanwhile has made it REQUESTED
         if self.state is ReportingState.ACTIVE:
             self.state = ReportingState.IDLE
@@ -160,20 +164,28 @@ class PageReporting:
         return ok
 
     def _flush(self, zone: Zone, table: list[tuple[int, int]]) -> bool:
-        # report, then page_reporting_drain(). The kernel fills its table from the end: the host sees the last one
+        # The kernel fills its table from the end: the host sees the last one
         # first.
         buddy = zone.buddy
         entries = [(buddy.base + (block << order), order) for order, block in reversed(table)]
-        ok = self._report(entries)
+        ok = False
+        try:
+            ok = self._report(entries)
+        finally:
+            # whatever came back from the host, or didn't: the blocks are the guest's again
+            self._drain(zone, table, ok)
+        return ok
+
+    def _drain(self, zone: Zone, table: list[tuple[int, int]], ok: bool) -> None:
+        # page_reporting_drain()
         self.reports += 1
         if ok:
             self.report_pages += sum(1 << order for order, _ in table)
         else:
             self.report_errors += 1
         for order, block in reversed(table):
-            buddy.putback(order, block, reported=ok)
+            zone.buddy.putback(order, block, reported=ok)
         table.clear()
-        return ok
 
     @property
     def unreported_frames(self) -> int:

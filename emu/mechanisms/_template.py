@@ -27,7 +27,10 @@ class Eager:
     parsers: ClassVar[dict[str, Callable[[str], Any]]] = {"period": lambda text: parse_duration(text, "period")}
 
     def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
-        """Queue the first round. Raise BadValue here for settings out of range. A driver in the guest may look at the guest only; what it finds goes to the host."""
+        """Queue the first round. Raise BadValue here for settings out of range.
+
+        A driver in the guest may look at the guest only; what it finds goes to the host.
+        """
 
         if not 0.01 <= self.period <= 3600:
             raise BadValue(f"period {self.period!r} s must be from 0.01 to 3600")

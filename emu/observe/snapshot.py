@@ -58,8 +58,7 @@ class Snapshot:
 def take_snapshot(t: float, mechanism: str, guest: GuestKernel, host: Hypervisor) -> Snapshot:
     """Take a picture.
 
-    Our own books cost one native call and no walk. smaps costs the kernel a walk of the process's page tables: some
-    5 ms a GiB resident.
+    Our own books cost one native call and no walk; smaps costs the kernel a walk over all that the process has mapped.
     """
     counters = read_vmstat(guest, host)
     smaps = host.ram.smaps()

@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from emu.errors import BadValue, GuestError, OutOfMemory
+from emu.errors import AllocatorError, BadValue, GuestError, OutOfMemory
 from emu.guest.kernel import GuestKernel
+from emu.guest.memory import Op
 from emu.testing import ReferenceMemory, StepClock
 
 MIB = 1 << 20
@@ -86,16 +87,77 @@ def test_huge_pages_are_taken_whole_and_split_when_cut():
     assert kernel.used_bytes == 2 * MIB
     memory.fill(seed=1)
     assert kernel.vmstat["thp_fault_alloc"] == 4
-    memory.munmap("1MiB", "2MiB")  # halves of the first two
-    assert kernel.vmstat["thp_split_page"] == 2
-    assert kernel.used_bytes == 6 * MIB
+    memory.munmap("1MiB", "2MiB")  # halves of the first two: their mappings are split, they aren't
+    assert kernel.vmstat["thp_split_pmd"] == kernel.vmstat["thp_deferred_split_page"] == 2
+    assert kernel.vmstat["thp_split_page"] == 0
+    assert kernel.used_bytes == 8 * MIB
     assert memory.verify(seed=1, offset="3MiB") == []
+    memory.munmap(0, "1MiB")  # the rest of the first: it goes whole
+    assert kernel.used_bytes == 6 * MIB
     memory.munmap()
     assert kernel.used_bytes == 0
+    assert kernel.deferred_split == []
     for thp, used in (("always", 2 * MIB), ("never", 4096)):
         _, kernel = boot(thp=thp)
         kernel.spawn("a").mmap("4MiB", thp=True).touch("2MiB", 4096)
         assert kernel.used_bytes == used
+
+
+def test_half_unmapped_huge_pages_are_split_when_memory_is_short():
+    """deferred_split_scan(): the out-of-memory path gets the unmapped halves."""
+    _, kernel = boot()
+    process = kernel.spawn("a")
+    memory = process.mmap("40MiB", thp=True)
+    memory.fill(seed=1)
+    for block in range(20):
+        memory.madvise_dontneed(block * 2 * MIB, MIB)
+    assert kernel.used_bytes == 40 * MIB
+    other = kernel.spawn("b").mmap("30MiB")
+    other.fill(seed=2)
+    assert kernel.vmstat["thp_split_page"] == 20
+    assert kernel.used_bytes == 50 * MIB
+    assert other.verify(seed=2) == []
+    assert len(memory.verify(seed=1)) == 20 * 256
+    memory.fill(seed=3, length="4MiB")  # holes are refilled with small pages
+    assert memory.verify(seed=3, length="4MiB") == []
+    process.exit()
+    assert kernel.used_bytes == 30 * MIB
+
+
+def test_a_clear_that_stops_leaves_no_page_and_no_frame_behind():
+    """Else the next touch would show what another process wrote."""
+    memory, kernel = boot()
+    old = kernel.spawn("old").mmap("8MiB")
+    old.fill(seed=9)
+    old.munmap()
+    calls = memory.vcpu
+
+    def stopping(op, ranges, arg=0, **options):
+        if op is Op.SET:
+            raise KeyboardInterrupt
+        return calls(op, ranges, arg, **options)
+
+    for thp in (False, True):
+        mapping = kernel.spawn("new").mmap("4MiB", thp=thp)
+        memory.vcpu = stopping
+        with pytest.raises(KeyboardInterrupt):
+            mapping.touch()
+        memory.vcpu = calls
+        assert kernel.used_bytes == 0
+        mapping.touch()
+        assert mapping.read(0, 4 * MIB) == bytes(4 * MIB)
+        mapping.munmap()
+
+
+def test_a_double_free_in_the_kernel_raises_and_changes_nothing():
+    """Through the per-CPU lists, too."""
+    _, kernel = boot()
+    [(pfn, _, _)] = kernel.alloc_frames(1)
+    kernel.free_pages([(pfn, 1)])
+    free = (kernel.free_bytes, kernel.pcp_bytes)
+    with pytest.raises(AllocatorError, match="double free"):
+        kernel.free_pages([(pfn, 1)])
+    assert (kernel.free_bytes, kernel.pcp_bytes) == free
 
 
 def test_out_of_memory_is_an_error_of_that_process():

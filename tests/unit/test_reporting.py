@@ -194,6 +194,25 @@ def test_a_driver_error_ends_the_pass_and_flags_nothing():
     assert rig.reporting.report_pages == 0
 
 
+def test_an_exception_in_the_host_loses_no_block_and_reporting_goes_on():
+    """The blocks of the failed report come back, and the next free asks again."""
+    rig = Rig(64 * 1024)
+
+    def fail():
+        rig.during = lambda: None
+        raise RuntimeError("host")
+
+    rig.during = fail
+    with pytest.raises(RuntimeError):
+        rig.run_to(2)
+    buddy = rig.zones[0].buddy
+    assert buddy.free_frames == 64 * 1024
+    assert rig.reporting.state is ReportingState.IDLE
+    buddy.free(buddy.alloc(10), 10)
+    rig.run_to(100)
+    assert rig.reporting.unreported_frames == 0
+
+
 def test_a_list_cut_short_is_taken_up_where_it_was_left():
     """Rotation: no block is reported twice, none is forgotten."""
     rig = Rig(1000 * 1024)
