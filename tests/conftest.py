@@ -1,7 +1,5 @@
 """Shared set-up: hypothesis profiles, skips with a reason, and a check that not everything was skipped."""
 
-import os
-
 import hypothesis
 import pytest
 
@@ -17,9 +15,7 @@ hypothesis.settings.load_profile("ci")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--storm", action="store_true", help="run the long storms, too")
-    parser.addoption(
-        "--require-uffd-if-root", action="store_true", help="as root, a skipped userfaultfd test is an error"
-    )
+    parser.addoption("--require-uffd", action="store_true", help="no userfaultfd at all is an error, not skips")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,8 +29,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("storm") and not config.getoption("--storm"):
             item.add_marker(pytest.mark.skip(reason="long; run with --storm"))
         if item.get_closest_marker("uffd") and can.rung is Rung.OFF:
-            if config.getoption("--require-uffd-if-root") and os.geteuid() == 0:
-                raise pytest.UsageError(f"no userfaultfd though root: {can.why}")
+            if config.getoption("--require-uffd"):
+                raise pytest.UsageError(f"all userfaultfd tests would be skipped: {can.why}")
             item.add_marker(pytest.mark.skip(reason=f"no userfaultfd here: {can.why}"))
         if item.get_closest_marker("inline") and (Features.SIGBUS not in can.features or "sigbus" in disabled()):
             item.add_marker(pytest.mark.skip(reason="no UFFD_FEATURE_SIGBUS here"))

@@ -180,6 +180,7 @@ int64_t emu_fault_install(struct emu_region *r, uint64_t gfn, uint64_t count, co
 void emu_sigbus_ensure(struct emu_region *r);
 void emu_sigbus_release(void);
 void emu_sigbus_forked(void);
+void emu_sigbus_watch(bool on);
 bool emu_sigbus_unblock(void); /* was blocked */
 void emu_sigbus_block(void);
 

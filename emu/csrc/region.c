@@ -97,7 +97,8 @@ static int registry_add(struct emu_region *r)
 		atomic_store(&registry[i].region, r);
 		if (i >= atomic_load(&registry_high))
 			atomic_store_explicit(&registry_high, i + 1, memory_order_release);
-		regions_open++;
+		if (!regions_open++)
+			emu_sigbus_watch(true);
 		err = 0;
 		break;
 	}
@@ -115,8 +116,10 @@ static void registry_remove(struct emu_region *r)
 		sched_yield();
 	atomic_store(&slot->start, 0);
 	atomic_store(&slot->end, 0);
-	if (!--regions_open)
+	if (!--regions_open) {
+		emu_sigbus_watch(false);
 		emu_sigbus_release(); /* leave the process's SIGBUS as it was found */
+	}
 	pthread_mutex_unlock(&registry_lock);
 }
 

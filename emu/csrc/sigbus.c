@@ -13,6 +13,9 @@
  *  - A handler installed over ours later (faulthandler.enable() in a pytest plugin) would take the next guest fault for
  *    a crash.  So every call that touches guest memory checks, with one sigaction(2), that the signal is still ours,
  *    and if it isn't, puts the newcomer on top of `formers` and itself back in front.
+ *  - A handler may also come while a call is under way in another thread, and if it just returns (as Python's
+ *    signal.signal() makes one do), the call would fault for ever.  So while a region is open a thread of ours looks,
+ *    ten times a second, whether the signal is still ours.
  *  - A handler on the chain may have been disabled since and simply return (faulthandler does).  If it left the context
  *    as it was and the address still can't be read, it hasn't helped, and the next older one is asked; at the end the
  *    default kills.  A handler that repairs, changes the context or jumps out is never asked twice for one fault.
@@ -39,6 +42,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <ucontext.h>
 #include <unistd.h>
 
@@ -164,10 +168,64 @@ void emu_sigbus_block(void)
 	pthread_sigmask(SIG_BLOCK, &bus, NULL);
 }
 
-/* In a forked child: no region is left. The handler stays; all that it meets is foreign. */
+static struct {
+	pthread_t thread;
+	pthread_mutex_t lock; /* guards stop */
+	pthread_cond_t wake;
+	bool stop, running;
+} watch = { .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER };
+
+static void *watcher(void *arg)
+{
+	(void)arg;
+	pthread_mutex_lock(&watch.lock);
+	while (!watch.stop) {
+		struct timespec until;
+
+		clock_gettime(CLOCK_REALTIME, &until);
+		until.tv_nsec += 100000000;
+		until.tv_sec += until.tv_nsec / 1000000000;
+		until.tv_nsec %= 1000000000;
+		pthread_cond_timedwait(&watch.wake, &watch.lock, &until);
+		if (!watch.stop)
+			emu_sigbus_ensure(NULL);
+	}
+	pthread_mutex_unlock(&watch.lock);
+	return NULL;
+}
+
+/* With the first region and with the last one; the caller serialises. A watch that can't be started isn't missed. */
+void emu_sigbus_watch(bool on)
+{
+	sigset_t all, old;
+
+	if (on == watch.running)
+		return;
+	if (!on) {
+		pthread_mutex_lock(&watch.lock);
+		watch.stop = true;
+		pthread_cond_signal(&watch.wake);
+		pthread_mutex_unlock(&watch.lock);
+		pthread_join(watch.thread, NULL);
+		watch.running = false;
+		return;
+	}
+	watch.stop = false;
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &old);
+	watch.running = !pthread_create(&watch.thread, NULL, watcher, NULL);
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	if (watch.running)
+		pthread_setname_np(watch.thread, "emu-sigbus");
+}
+
+/* In a forked child: no region is left, nor the thread. The handler stays; all that it meets is foreign. */
 void emu_sigbus_forked(void)
 {
 	pthread_mutex_init(&lock, NULL);
+	pthread_mutex_init(&watch.lock, NULL);
+	pthread_cond_init(&watch.wake, NULL);
+	watch.running = false;
 }
 
 /* Without faulting: the kernel reads the mask before it finds that there is no such operation. */

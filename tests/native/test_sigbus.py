@@ -97,6 +97,22 @@ def test_a_sent_sigbus_reaches_a_python_handler(late, send):
     assert (done.returncode, done.stdout) == (0, "theirs\nserved\n"), done.stderr
 
 
+def test_a_handler_installed_while_a_call_is_under_way_does_not_hang_it():
+    """It returns at once, the access faults again; within a moment the signal is ours again."""
+    done = run("""
+        faulthandler.dump_traceback_later(30, exit=True)
+        ram = emu.GuestRam('512MiB', service='inline')
+        t = threading.Thread(target=lambda: ram.touch(0, ram.frames))
+        t.start()
+        for _ in range(3):
+            signal.signal(signal.SIGBUS, lambda n, f: None)
+        t.join()
+        assert ram.rss_bytes == ram.size
+        print('served')
+    """)
+    assert (done.returncode, done.stdout) == (0, "served\n"), done.stderr
+
+
 def test_an_ignored_sigbus_stays_ignored_when_sent():
     """SIG_IGN is somebody's choice."""
     done = run("""
