@@ -27,6 +27,9 @@ class Machine:
     fast. guest_thp: the guest's transparent huge page setting. cpus: the guest's. service, uffd, fault_around,
     service_cpu, disable: as in GuestRam.
 
+    The guest's kernel is single-threaded: calls from several threads wait for each other. Ctrl-C in the middle of a
+    guest's work leaves that guest, as a real one, in no state to go on: close it.
+
     Raises BadValue for arguments, HostError for what this machine can't give.
     """
 
@@ -48,6 +51,10 @@ class Machine:
     ) -> None:
         if clock is not None and speed is not None:
             raise BadValue("give a clock or a speed, not both")
+        if not isinstance(mechanism, str) and not hasattr(mechanism, "attach"):
+            raise BadValue(f"mechanism {mechanism!r} is neither a name nor a Mechanism")
+        if clock is not None and not hasattr(clock, "sleep_until"):
+            raise BadValue(f"clock {clock!r} has no now() and sleep_until()")
         self.mechanism = make_mechanism(mechanism) if isinstance(mechanism, str) else mechanism
         self.clock = clock or make_clock(DEFAULT_SPEED if speed is None else speed)
         self._closed = False
@@ -84,6 +91,7 @@ class Machine:
     def _check(self) -> None:
         if self._closed:
             raise ClosedError("this machine is closed")
+        self._ram.check()
 
     def close(self) -> None:
         """Give everything back. A second call does nothing."""
@@ -94,7 +102,11 @@ class Machine:
         self._guest.close()
 
     def __enter__(self) -> Self:
+        self._check()
         return self
+
+    def __repr__(self) -> str:
+        return f"<Machine {self._ram!r}, {self.mechanism.name}, clock {self.clock.name}>"
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
@@ -146,7 +158,8 @@ class Machine:
     def snapshot(self) -> Snapshot:
         """Return a picture of now."""
         self._check()
-        return take_snapshot(self.clock.now(), self.mechanism.name, self._guest, self._host)
+        with self._guest.kernel_lock:
+            return take_snapshot(self.clock.now(), self.mechanism.name, self._guest, self._host)
 
     def stats(self) -> dict[str, int]:
         """Return all counters, of guest, host and core."""

@@ -192,9 +192,13 @@ class GuestRam:
         self.rung = Rung.OFF
         self.rung_reason = "asked for uffd=off"
         if uffd == "off":
+            if service != "auto":
+                raise BadValue(f"service={service} needs userfaultfd, and uffd=off was asked for")
             return
         can = probe(off)
         self.rung_reason = can.why
+        if can.rung == Rung.OFF and service != "auto":
+            raise HostError(f"service={service} can't be had here: no userfaultfd ({can.why})")
         wanted = {"auto": Rung.USER, "user": Rung.USER, "full": Rung.FULL}[uffd]
         if can.rung < wanted:
             if uffd == "auto":
@@ -260,6 +264,13 @@ class GuestRam:
                 f"guest RAM of {format_size(self.size)} wasn't closed", ResourceWarning, source=self, stacklevel=2
             )
             self.close()
+
+    def __repr__(self) -> str:
+        return f"<GuestRam {format_size(self.size)}, faults {self.service}{', closed' if self.closed else ''}>"
+
+    def check(self) -> None:
+        """Raise ClosedError or ForkedError unless this RAM can be used here and now."""
+        self._core.check()
 
     @property
     def closed(self) -> bool:

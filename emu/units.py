@@ -95,5 +95,7 @@ def format_size(size: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """Return guest time as m:ss.t."""
+    """Return guest time as m:ss.t, or h:mm:ss from an hour on."""
+    if seconds >= 3600:
+        return f"{int(seconds // 3600)}:{int(seconds // 60) % 60:02}:{int(seconds % 60):02}"
     return f"{int(seconds // 60)}:{seconds % 60:04.1f}"

@@ -4,6 +4,7 @@ Exit codes: 0; 1 for a run that failed; 2 for bad input, with one line on stderr
 after Ctrl-C, with everything released.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -35,11 +36,13 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; return its exit code."""
     signal.signal(signal.SIGTERM, _terminated)
-    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    errors = Console(stderr=True, highlight=False, markup=False)
+    errors.soft_wrap = not errors.is_terminal  # a terminal wraps at words, a file gets one line
     try:
         code = app(
             sys.argv[1:] if argv is None else argv, exit_on_error=False, print_error=False, result_action="return_value"
         )
+        sys.stdout.flush()
     except CycloptsError as error:
         errors.print(f"emu: {' '.join(str(error).split())}")
         return 2
@@ -49,8 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EmuError as error:
         errors.print(f"emu: {error}")
         return 1
-    except BrokenPipeError:  # the reader (head, less) has gone: say no more
-        sys.stderr.close()
+    except BrokenPipeError:  # the reader (head, less) has gone: say no more, as a filter would that SIGPIPE ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        errors.print(f"emu: {error}")
         return 1
     except KeyboardInterrupt:
         errors.print("emu: interrupted")

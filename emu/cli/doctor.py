@@ -5,9 +5,9 @@ import json
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.table import Table
 
+from emu.cli.output import Output
 from emu.clock import StepClock
 from emu.errors import EmuError
 from emu.machine import Machine
@@ -61,7 +61,7 @@ def doctor(*, as_json: Annotated[bool, Parameter(name="--json")] = False) -> int
             )
         )
         return 0
-    console = Console(highlight=False)
+    console = Output()
     swap = format_size(facts["swap_bytes"]) if facts["swap_bytes"] else "none"
     limit = "none" if facts["cgroup_limit_bytes"] is None else format_size(facts["cgroup_limit_bytes"])
     address = "unlimited" if facts["rlimit_as_bytes"] is None else format_size(facts["rlimit_as_bytes"])

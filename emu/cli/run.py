@@ -1,17 +1,22 @@
 """emu run WORKLOAD: one workload on one machine, as a table of phases."""
 
 import json
+import os
 import shlex
+import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App, Parameter, Token
 from rich.console import Console
 
-from emu.errors import BadValue, EmuError
+from emu.cli.output import Output
+from emu.errors import BadValue, EmuError, GuestError
 from emu.machine import DEFAULT_SPEED, Machine
+from emu.mechanisms import MECHANISMS
 from emu.observe.result import RunResult
 from emu.report.table import print_run
 from emu.units import format_size, parse_ram_size
@@ -25,20 +30,51 @@ __all__ = ["app"]
 app = App(name="run", help="Run a workload on a machine and print a table of its phases.")
 
 
+def _mechanisms_help() -> str:
+    known = (f"{name} ({', '.join(cls.parsers)})" if cls.parsers else name for name, cls in MECHANISMS.items())
+    return f"NAME[:key=value,...]: {', '.join(known)}."
+
+
+def _again() -> str:
+    # the command as it was given, with what it took from the environment
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        words = ["python", "-m", "emu"]
+    elif (found := shutil.which(program.name)) and Path(found).resolve() == program.resolve():
+        words = [program.name]
+    else:
+        near = program.is_absolute() and program.is_relative_to(Path.cwd())
+        words = [str(program.relative_to(Path.cwd()) if near else program)]
+    if off := os.environ.get("EMU_DISABLE"):
+        words.insert(0, f"EMU_DISABLE={off}")
+    return shlex.join([*words, *sys.argv[1:]])
+
+
+def _whole(type_: object, tokens: Sequence[Token]) -> int:
+    # the parser would round 1.5
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise BadValue(f"{tokens[0].keyword} {tokens[0].value!r} isn't a whole number") from None
+
+
+Whole = Annotated[int, Parameter(converter=_whole)]
+Size = Annotated[str, Parameter(allow_leading_hyphen=True)]
+
+
 @Parameter(name="*")
-@dataclass
+@dataclass(kw_only=True)
 class Common:
     """Flags common to all workloads."""
 
-    mechanism: Annotated[str, Parameter(name=["--mechanism", "-m"])] = "reporting"
-    "NAME[:key=value,...]: none, reporting (order, delay, poison, assigned_device)."
+    mechanism: Annotated[str, Parameter(name=["--mechanism", "-m"], help=_mechanisms_help())] = "reporting"
     on_return: Annotated[str, Parameter(name="--return")] = "now"
     "What the host does with returned memory: now (discard) or lazy (MADV_FREE)."
-    ram: str = "1GiB"
+    ram: Size = "1GiB"
     "Guest RAM."
     speed: str = f"{DEFAULT_SPEED:g}"
     "Guest seconds a second: a factor, real, or step (guest time passes only where nothing is done)."
-    seed: int = 1
+    seed: Whole = 1
     "Seed of the content."
     service: Literal["auto", "inline", "thread"] = "auto"
     "Who serves faults."
@@ -54,7 +90,6 @@ class Common:
 
 def _run(workload: Workload, common: Common) -> RunResult:
     status = Console(stderr=True, highlight=False)
-    command = "emu " + shlex.join(sys.argv[1:])
     with (
         Machine(
             common.ram,
@@ -78,7 +113,7 @@ def _run(workload: Workload, common: Common) -> RunResult:
             machine,
             workload,
             seed=common.seed,
-            command=command,
+            command=_again(),
             on_step=on_step,
             on_sample=lambda s: line.update(
                 f"after {step}: guest uses {format_size(s.guest_used_bytes)}, RSS {format_size(s.rss_bytes)}"
@@ -90,10 +125,9 @@ def _finish(result: RunResult, common: Common) -> int:
     if common.as_json:
         print(json.dumps(result.as_json(), indent=2))
     else:
-        # a narrow terminal scrolls sideways rather than losing figures
-        console = Console(highlight=False)
-        console.width = max(console.width, 79)
-        print_run(result, console)
+        print_run(result, Output())
+    if result.error is not None:
+        raise GuestError(f"{result.error}; give the guest more: --ram")
     if result.corrupt_frames:
         raise EmuError(f"{result.corrupt_frames} of {result.verified_frames} frames held wrong bytes")
     return 0
@@ -101,12 +135,12 @@ def _finish(result: RunResult, common: Common) -> int:
 
 @app.command
 def memhog(
-    common: Common | None = None,
     *,
-    size: str = "512MiB",
-    rounds: int = 2,
+    size: Size = "512MiB",
+    rounds: Whole = 2,
     hold: str = "40s",
     thp: bool = False,
+    common: Common | None = None,
 ) -> int:
     """Allocate, fill, check and free memory; wait; again, so that the freed frames fault back.
 
@@ -129,7 +163,7 @@ def memhog(
 
 
 @app.command
-def load(common: Common | None = None, *, path: Path, hold: str = "40s") -> int:
+def load(*, path: str, hold: str = "40s", common: Common | None = None) -> int:
     """Read every file of a directory into guest memory, free half, fault back, and compare every SHA-256.
 
     Parameters
@@ -145,6 +179,7 @@ def load(common: Common | None = None, *, path: Path, hold: str = "40s") -> int:
     for what, paths in (
         ("unreadable, left out", workload.unreadable),
         ("changed on the disk meanwhile", workload.changed),
+        ("gone from the disk meanwhile", workload.gone),
     ):
         if paths:
             result.notes.append(f"{len(paths)} files {what}: {paths[0]}{' ...' if len(paths) > 1 else ''}")

@@ -72,8 +72,8 @@ class Buddy:
     """
 
     def __init__(self, frames: int, *, base: int = 0, on_free: Callable[[int], None] | None = None) -> None:
-        if frames < 1:
-            raise BadValue(f"a buddy allocator of {frames} frames: at least one is needed")
+        if not isinstance(frames, int) or not 1 <= frames < 1 << 32:
+            raise BadValue(f"a buddy allocator of {frames!r} frames: give an integer from 1 to {(1 << 32) - 1}")
         if base % (1 << MAX_ORDER):
             raise BadValue(f"base {base} isn't a multiple of {1 << MAX_ORDER} frames")
         self.base = base
@@ -198,6 +198,8 @@ class Buddy:
             raise BadValue(f"order {order!r} must be from 0 to {MAX_ORDER}")
 
     def _check_allocated(self, pfn: int, order: int) -> int:
+        if not isinstance(pfn, int):
+            raise BadValue(f"pfn {pfn!r} isn't an integer")
         frame = pfn - self.base
         if not 0 <= frame < self.frames or frame + (1 << order) > self.frames:
             raise AllocatorError(
@@ -228,9 +230,9 @@ class Buddy:
         seen = 0
         for pfn, count in sorted(ranges):
             frame = pfn - self.base
-            if frame < seen or frame + count > self.frames:
+            if count < 1 or frame < seen or frame + count > self.frames:
                 raise AllocatorError(
-                    f"frames [{pfn:#x}, {pfn + count:#x}) are outside or named twice", pfn=pfn, order=0
+                    f"frames [{pfn:#x}, {pfn + count:#x}) are empty, outside, or named twice", pfn=pfn, order=0
                 )
             seen = frame + count
             marks = bytes(self._allocated[frame:seen])
@@ -255,7 +257,7 @@ class Buddy:
     def alloc(self, order: int = 0, migratetype: MigrateType = MigrateType.MOVABLE) -> int:
         """Allocate a block of 2^order frames; return its first pfn. Raises OutOfMemory."""
         self._check_order(order)
-        frame = self._take(order, migratetype)
+        frame = self._take(order, _migratetype(migratetype))
         if frame < 0:
             raise OutOfMemory(
                 f"no free block of order {order} ({self.free_frames} frames free)",
@@ -271,6 +273,9 @@ class Buddy:
 
         As if count frames were allocated one by one; fewer when the lists run dry.
         """
+        if not isinstance(count, int) or count < 0:
+            raise BadValue(f"{count!r} frames can't be allocated")
+        migratetype = _migratetype(migratetype)
         runs: list[tuple[int, int]] = []
         while count:
             frame, n = self._take_run(count, migratetype)
@@ -497,6 +502,13 @@ class Buddy:
                 while block >= 0:
                     yield self.base + (block << order), order, migratetype, self.reported(order, block)
                     block = self.after(order, block)
+
+
+def _migratetype(value: int) -> MigrateType:
+    try:
+        return MigrateType(value)
+    except ValueError:
+        raise BadValue(f"migratetype {value!r} isn't one of {', '.join(t.name for t in MigrateType)}") from None
 
 
 def _words(values: "range | list[int]") -> memoryview:

@@ -15,19 +15,21 @@ from contextlib import contextmanager
 from typing import Literal
 
 from emu.clock import Clock
-from emu.errors import BadValue, GuestError
+from emu.errors import BadValue, ClosedError, GuestError
 from emu.guest.buddy import PAGEBLOCK_ORDER, Buddy, MigrateType
+from emu.guest.lock import KernelLock, in_kernel
 from emu.guest.memory import GuestMemory, Op
 from emu.guest.process import Mapping, Process
 from emu.guest.reporting import PageReporting
 from emu.guest.timers import Timers
 from emu.guest.zone import Zone, zone_spans, zone_watermarks
 from emu.ranges import Ranges
-from emu.units import FRAME_SIZE
+from emu.units import FRAME_SIZE, format_size
 
 __all__ = ["GuestKernel"]
 
 Thp = Literal["always", "madvise", "never"]
+_MAX_FRAMES = 1 << 31  # page-table entries and free lists are 32 bits wide
 
 
 class GuestKernel:
@@ -46,9 +48,15 @@ class GuestKernel:
         cpus: int = 1,
         page_poison: int | None = None,
     ) -> None:
+        self.kernel_lock = KernelLock()
+        if memory.frames > _MAX_FRAMES:
+            raise BadValue(
+                f"a guest of {format_size(memory.frames * FRAME_SIZE)} is more than this kernel can number: at most "
+                f"{format_size(_MAX_FRAMES * FRAME_SIZE)}"
+            )
         if thp not in ("always", "madvise", "never"):
             raise BadValue(f"thp {thp!r} isn't known: always, madvise or never")
-        if not 1 <= cpus <= 1024:
+        if not isinstance(cpus, int) or not 1 <= cpus <= 1024:
             raise BadValue(f"cpus {cpus!r} must be from 1 to 1024")
         if page_poison is not None and not 0 <= page_poison <= 255:
             raise BadValue(f"page poison {page_poison!r} isn't a byte")
@@ -79,6 +87,7 @@ class GuestKernel:
         self._pids = itertools.count(1)
         self._key = itertools.count(1)
         self._paused = False
+        self._closed = False
         spans = zone_spans(memory.frames)
         managed = [frames for _, _, frames in spans]
         marks = zone_watermarks(managed, thp=thp != "never")
@@ -87,8 +96,10 @@ class GuestKernel:
             for i, ((name, start, frames), mark) in enumerate(zip(spans, marks, strict=True))
         ]
 
+    @in_kernel
     def close(self) -> None:
         """Let go of all tables and processes."""
+        self._closed = True
         for process in self.processes:
             process.forget()
         self.processes.clear()
@@ -100,6 +111,7 @@ class GuestKernel:
 
     # ---- processes and time
 
+    @in_kernel
     def spawn(self, name: str) -> Process:
         """Start a process."""
         self.check_running()
@@ -121,10 +133,13 @@ class GuestKernel:
             self._paused = False
 
     def check_running(self) -> None:
-        """Raise GuestError while the guest is paused."""
+        """Raise GuestError while the guest is paused, ClosedError when it is gone."""
+        if self._closed:
+            raise ClosedError("this guest is closed")
         if self._paused:
             raise GuestError("the guest is paused")
 
+    @in_kernel
     def run_timers(self) -> None:
         """Run what is due now, unless the guest is paused."""
         if not self._paused:
@@ -144,6 +159,7 @@ class GuestKernel:
                 return zone
         raise GuestError(f"pfn {pfn:#x} is outside the RAM")
 
+    @in_kernel
     def alloc_frames(self, count: int, migratetype: MigrateType = MigrateType.MOVABLE) -> list[tuple[int, int, int]]:
         """Allocate single frames; return (pfn, count, step) runs, step +1 or -1, in the order of allocation.
 
@@ -187,6 +203,7 @@ class GuestKernel:
                 left -= run[1]
         return left
 
+    @in_kernel
     def alloc_huge(self) -> int | None:
         """Allocate a block of order 9 for a huge page; None when there is none (the fault falls back to 4 KiB)."""
         self.check_running()
@@ -202,6 +219,7 @@ class GuestKernel:
                     return zone.pcp.alloc(PAGEBLOCK_ORDER, MigrateType.MOVABLE)[0]
         return None
 
+    @in_kernel
     def free_pages(self, runs: Iterable[tuple[int, int]], order: int = 0) -> None:
         """Free runs of allocated blocks, (pfn, blocks) each, in order."""
         self.check_running()
@@ -216,6 +234,7 @@ class GuestKernel:
                 pfn += part << order  # noqa: PLW2901
                 count -= part  # noqa: PLW2901
 
+    @in_kernel
     def drain_pages(self) -> None:
         """Give all per-CPU lists back to the buddy (drain_all_pages)."""
         self.vmstat["drain_all_pages"] += 1

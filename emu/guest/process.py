@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from emu.errors import BadValue, GuestError, OutOfMemory
 from emu.guest.buddy import PAGEBLOCK_ORDER, lazy_bytes
+from emu.guest.lock import in_kernel
 from emu.guest.memory import Op
 from emu.ranges import Ranges
 from emu.units import FRAME_SIZE, format_size, parse_ram_size, parse_size
@@ -53,21 +54,24 @@ class Process:
 
     def __init__(self, kernel: "GuestKernel", pid: int, name: str) -> None:
         self._kernel = kernel
+        self.kernel_lock = kernel.kernel_lock
         self.pid = pid
         self.name = name
         self.mappings: list[Mapping] = []
         self._gone = False
 
+    @in_kernel
     def mmap(self, size: int | str, *, thp: bool = False) -> "Mapping":
         """Map anonymous memory. thp: MADV_HUGEPAGE on it, for a guest whose setting is madvise."""
+        self._kernel.check_running()
         if self._gone:
             raise GuestError(f"process {self.pid} has exited")
-        self._kernel.check_running()
         huge = self._kernel.thp == "always" or (thp and self._kernel.thp == "madvise")
         mapping = Mapping(self._kernel, self, parse_ram_size(size, "mapping size"), huge)
         self.mappings.append(mapping)
         return mapping
 
+    @in_kernel
     def exit(self) -> None:
         """End the process: all its memory is freed."""
         for mapping in list(self.mappings):
@@ -79,7 +83,6 @@ class Process:
     def forget(self) -> None:
         """Drop everything without freeing: the guest itself is going away."""
         self.mappings.clear()
-        self._gone = True
 
     @property
     def rss_bytes(self) -> int:
@@ -95,6 +98,7 @@ class Mapping:
 
     def __init__(self, kernel: "GuestKernel", process: Process, size: int, huge: bool) -> None:
         self._kernel = kernel
+        self.kernel_lock = kernel.kernel_lock
         self.process = process
         self.size = size
         self.pages = size // FRAME_SIZE
@@ -109,8 +113,12 @@ class Mapping:
         self._partial: dict[int, int] = {}
         self._mapped = [(0, self.pages)]  # what munmap has left, ascending
 
+    def __repr__(self) -> str:
+        return f"<Mapping of {format_size(self.size)}, {format_size(self.present * FRAME_SIZE)} present>"
+
     # ---- access
 
+    @in_kernel
     def touch(
         self, offset: int | str = 0, length: int | str | None = None, write: bool = True, threads: int = 1
     ) -> None:
@@ -123,12 +131,14 @@ class Mapping:
             self._populate(first, end)
         self._kernel.memory.vcpu(Op.TOUCH_WRITE if write else Op.TOUCH_READ, self._ranges(first, end), threads=threads)
 
+    @in_kernel
     def fill(self, *, seed: int, offset: int | str = 0, length: int | str | None = None, threads: int = 1) -> None:
         """Fill every page with content that follows from the seed and the page's place."""
         first, end = self._span(offset, length)
         self._populate(first, end)
         self._kernel.memory.vcpu(Op.FILL, self._ranges(first, end), seed, threads=threads)
 
+    @in_kernel
     def verify(
         self, *, seed: int, offset: int | str = 0, length: int | str | None = None, threads: int = 1
     ) -> list[int]:
@@ -139,6 +149,7 @@ class Mapping:
         # a page without a frame reads as zeros, which no fill leaves
         return [page * FRAME_SIZE for page in range(first, end) if (entry := self._frame[page]) == 0 or entry in bad]
 
+    @in_kernel
     def read(self, offset: int | str, n: int) -> bytes:
         """Return n bytes."""
         start = self._offset(offset, n)
@@ -152,6 +163,7 @@ class Mapping:
             n -= part
         return b"".join(parts)
 
+    @in_kernel
     def write(self, offset: int | str, data: bytes | bytearray | memoryview) -> None:
         """Write data. Pages that it covers wholly and that have no frame get one that isn't cleared first."""
         view = memoryview(data).cast("B")
@@ -171,6 +183,7 @@ class Mapping:
 
     # ---- giving back
 
+    @in_kernel
     def munmap(self, offset: int | str = 0, length: int | str | None = None) -> None:
         """Unmap all, or a part: its frames are freed, and the part can't be used any more."""
         first, end = self._span(offset, length, whole=False)
@@ -182,6 +195,7 @@ class Mapping:
         if not rest and self in self.process.mappings:
             self.process.mappings.remove(self)
 
+    @in_kernel
     def madvise_dontneed(self, offset: int | str = 0, length: int | str | None = None) -> None:
         """Free the frames of a part; it stays mapped and reads as zero."""
         first, end = self._span(offset, length)
@@ -190,14 +204,15 @@ class Mapping:
     # ---- the inside
 
     def _offset(self, offset: int | str, n: int) -> int:
+        self._kernel.check_running()
         start = parse_size(offset, "offset")
         if n < 0 or start + n > self.size:
             raise BadValue(f"bytes [{start}, {start + n}) are outside the mapping of {self.size} bytes")
         self._check_mapped(start // FRAME_SIZE, -(-(start + n) // FRAME_SIZE))
-        self._kernel.check_running()
         return start
 
     def _span(self, offset: int | str, length: int | str | None, *, whole: bool = True) -> tuple[int, int]:
+        self._kernel.check_running()
         start = parse_size(offset, "offset")
         size = self.size - start if length is None else parse_size(length, "length")
         if start % FRAME_SIZE or size % FRAME_SIZE:
@@ -207,7 +222,6 @@ class Mapping:
         first, end = start // FRAME_SIZE, (start + size) // FRAME_SIZE
         if whole:
             self._check_mapped(first, end)
-        self._kernel.check_running()
         return first, end
 
     def _check_mapped(self, first: int, end: int) -> None:

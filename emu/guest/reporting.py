@@ -117,7 +117,7 @@ class PageReporting:
 
     def _process_zone(self, zone: Zone) -> bool:
         # page_reporting_process_zone(). False = the driver failed.
-        if not zone.watermark_ok(0, zone.watermarks.low + (CAPACITY << self.order)):
+        if self.gated(zone):
             return True
         table: list[tuple[int, int]] = []  # (order, block), isolated
         for order in range(self.order, MAX_ORDER + 1):
@@ -186,6 +186,10 @@ class PageReporting:
         for order, block in reversed(table):
             zone.buddy.putback(order, block, reported=ok)
         table.clear()
+
+    def gated(self, zone: Zone) -> bool:
+        """Whether a pass would skip the zone now: too little free memory in it."""
+        return not zone.watermark_ok(0, zone.watermarks.low + (CAPACITY << self.order))
 
     @property
     def unreported_frames(self) -> int:

@@ -1,4 +1,4 @@
-"""NAME: one sentence. Copy this file, rename the class, and add it to MECHANISMS in __init__.py.
+"""NAME: one sentence. Copy this file, rename the class and its `name`, and add it to MECHANISMS in __init__.py.
 
 Say who decides, whether guest code runs when memory is taken, and what it can't see. Then the settings: name, unit,
 range, default.

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from emu import residency
+from emu._native import disabled
 from emu.errors import EmuError
 from emu.ram import GuestRam
 from emu.uffd import Features, Probe, probe
@@ -114,7 +115,9 @@ def _try_thread() -> str:
 
 def _try_poison(can: Probe) -> str:
     if Features.POISON not in can.features:
-        raise EmuError("no UFFD_FEATURE_POISON (Linux 6.6)")
+        raise EmuError("no UFFD_FEATURE_POISON (Linux 6.6)" if can.features else "no userfaultfd")
+    if "poison" in disabled():
+        raise EmuError("switched off")
     with GuestRam(_SIZE, service="thread") as ram:
         ram.poison([(3, 1)])
         try:
@@ -160,18 +163,21 @@ def _try_lazy() -> str:
 def check_features(mechanisms: Mapping[str, Callable[[], str]]) -> list[Check]:
     """Try each feature that emu uses, then each mechanism; nothing raises."""
     can = probe()
-    why = f" ({can.why})" if can.why else ""
 
     def rung() -> str:
         if can.rung == 0:
             raise EmuError(can.why or "no userfaultfd")
-        return f"{can.rung.name.lower()}, by {can.door}{why}"
+        return f"{can.rung.name.lower()}, by {can.door}"
 
     tries: list[tuple[str, Callable[[], str], str]] = [
         ("userfaultfd", rung, "the kernel zero-fills; discard and reporting work, the books are kept by the accesses"),
         ("inline fault service", _try_inline, "the thread service"),
         ("thread fault service", _try_thread, "the inline service, or none"),
-        ("UFFDIO_POISON", lambda: _try_poison(can), "lost frames are made inaccessible (an access dies by SIGSEGV)"),
+        (
+            "UFFDIO_POISON",
+            lambda: _try_poison(can),
+            "lost frames are made inaccessible (a call raises, a raw access dies by SIGSEGV)",
+        ),
         (
             "process_madvise on ourselves",
             _try_process_madvise,

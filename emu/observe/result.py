@@ -71,6 +71,8 @@ class RunResult:
     verified_frames: int = 0
     corrupt_frames: int = 0
     seconds: float = 0.0
+    #: why the guest couldn't go on, if it couldn't
+    error: str | None = None
 
     @property
     def bloat(self) -> float | None:
@@ -100,4 +102,5 @@ class RunResult:
             "verified_frames": self.verified_frames,
             "corrupt_frames": self.corrupt_frames,
             "wall_seconds": self.seconds,
+            "error": self.error,
         }

@@ -1,10 +1,12 @@
 """A run as a table: a row a phase, and a foot that says what was measured, how, and with which command."""
 
+from collections.abc import Callable
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from emu.observe.result import RunResult
+from emu.observe.result import Phase, RunResult
 from emu.units import format_size, seconds_text
 
 __all__ = ["print_run"]
@@ -41,29 +43,52 @@ def _foot(result: RunResult) -> list[str]:
         lines.append(
             f"per-CPU lists hold {_mib(pcp)} MiB at the end: freed, but out of reporting's sight (as in Linux)"
         )
+    if machine["on_return"] == "lazy":
+        lines.append(
+            f"{result.counters['lazyfree_frames']:,} frames lazily freed, "
+            f"{result.counters['lazydrop_frames']:,} of them dropped"
+        )
     lines += result.notes
     lines.append(f"again: {result.command}")
     return lines
 
 
+# column: heading, unit, text of a phase. Those at the end of _EXPENDABLE go first on a narrow terminal.
+_COLUMNS: dict[str, tuple[str, Callable[[Phase], str]]] = {
+    "t": ("h:m:s", lambda p: seconds_text(p.t)),
+    "used": ("MiB", lambda p: _mib(p.guest_used_bytes)),
+    "RSS": ("MiB", lambda p: _mib(p.rss_bytes)),
+    "LazyFree": ("MiB", lambda p: _mib(p.lazyfree_bytes)),
+    "footprint": ("MiB", lambda p: _mib(p.footprint_bytes)),
+    "bloat": ("x", lambda p: "-" if p.bloat is None else f"{p.bloat:.2f}"),
+}
+_EXPENDABLE = ("LazyFree", "footprint", "bloat", "t")
+
+
 def print_run(result: RunResult, console: Console) -> None:
-    """Print a result."""
+    """Print a result. A terminal that is too narrow loses columns, never digits; a file gets all of them."""
+    columns = dict(_COLUMNS)
+    rows: list[list[str]] = []
+
+    def layout() -> int:
+        rows[:] = [[p.name, *(text(p) for _, text in columns.values())] for p in result.phases]
+        heads = ["phase", *columns]
+        return sum(max(len(row[i]) for row in [heads, *rows]) + 1 for i in range(len(heads))) - 1
+
+    for name in _EXPENDABLE:
+        if not console.is_terminal or layout() <= console.width:
+            break
+        del columns[name]
+    if not console.is_terminal:
+        console.width = max(console.width, layout())
+    layout()
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="bold")
     table.add_column("phase", no_wrap=True)
-    for name in ("t", "used", "RSS", "LazyFree", "footprint", "bloat"):
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    units = ["", "min:s", "MiB", "MiB", "MiB", "MiB", "x"]
-    table.add_row(*(Text(unit, style="dim") for unit in units))
-    for phase in result.phases:
-        table.add_row(
-            phase.name,
-            seconds_text(phase.t),
-            _mib(phase.guest_used_bytes),
-            _mib(phase.rss_bytes),
-            _mib(phase.lazyfree_bytes),
-            _mib(phase.footprint_bytes),
-            "-" if phase.bloat is None else f"{phase.bloat:.2f}",
-        )
+    table.add_row("", *(Text(unit, style="dim") for unit, _ in columns.values()))
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     for line in _foot(result):
-        console.print(Text(line, style="dim"), soft_wrap=True)
+        console.print(Text(line, style="dim"), soft_wrap=not console.is_terminal)

@@ -5,7 +5,8 @@ host), reads those files again into memory that faults back, and compares the SH
 the one taken when it was first read from the disk. Real data in real RAM: a frame that came back wrong, torn, or from
 somebody else can't pass.
 
-Regular files only; links and special files are left out, unreadable ones are counted and said.
+Regular files only (one that says it is empty, as those of /proc do, is empty here); links and special files are left
+out, unreadable ones are counted and said.
 """
 
 import hashlib
@@ -40,6 +41,8 @@ class Load:
     name: ClassVar[str] = "load"
 
     def __init__(self, path: str | Path, hold: float | str = 40.0) -> None:
+        if not str(path):
+            raise BadValue("path '' is empty: name a directory")
         self.path = Path(path)
         self.hold = parse_duration(hold, "hold")
         self.verified_frames = 0
@@ -47,6 +50,8 @@ class Load:
         self.unreadable: list[str] = []
         #: files whose bytes on the disk were others at the second reading
         self.changed: list[str] = []
+        #: files that couldn't be read a second time: not verified
+        self.gone: list[str] = []
         try:
             if self.path.is_dir():
                 os.listdir(self.path)
@@ -120,15 +125,17 @@ class Load:
         yield Step(f"freed {len(freed)} of them")
         yield from self._wait(machine)
 
-        for file in freed:
+        for file in list(freed):
             try:
                 again = self._read(file.path, process)
             except OSError:
-                again = _File(file.path, 0, b"", None)
+                self.gone.append(str(file.path))
+                files.remove(file)
+                continue
             if again.digest != file.digest:  # the disk's doing, not the guest's memory's
                 self.changed.append(str(file.path))
-            file.size, file.digest, file.mapping = again.size, again.digest or hashlib.sha256().digest(), again.mapping
-        yield Step(f"read {len(freed)} again")
+            file.size, file.digest, file.mapping = again.size, again.digest, again.mapping
+        yield Step(f"read {len(freed) - len(self.gone)} again")
         for file in files:
             self._verify(file)
         yield Step(f"verified {len(files)} by SHA-256")
@@ -140,4 +147,4 @@ class Load:
         if self.hold:
             yield Step(f"{self.hold:g} s later", wait=self.hold)
         machine.guest.drain_pages()
-        yield Step("lists drained", wait=self.hold)
+        yield Step(f"lists drained, {self.hold:g} s later", wait=self.hold)

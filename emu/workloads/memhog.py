@@ -54,4 +54,4 @@ class Memhog:
             if self.hold:
                 yield Step(f"{round_}: freed, {self.hold:g} s later", wait=self.hold)
         machine.guest.drain_pages()  # what is left on the per-CPU lists, as drop_caches would
-        yield Step("lists drained", wait=self.hold)
+        yield Step(f"lists drained, {self.hold:g} s later", wait=self.hold)

@@ -7,16 +7,35 @@ clock says it took (none, on a stepped clock). Between two samples the integrals
 import time
 from collections.abc import Callable, Iterator
 
+from emu.errors import GuestError
+from emu.guest.reporting import CAPACITY
 from emu.machine import Machine
 from emu.mechanisms import settings_of
 from emu.observe.environment import environment
 from emu.observe.result import Phase, RunResult
 from emu.observe.snapshot import Snapshot
+from emu.units import FRAME_SIZE, format_size
 from emu.workloads import Step, Workload
 
 __all__ = ["run"]
 
 _SAMPLE = 1.0  # guest seconds
+_MOST_SAMPLES = 200  # of one wait
+
+
+def _notes(machine: Machine) -> list[str]:
+    # why memory may still be there that one would expect to be gone
+    notes = []
+    if machine.host.balloon.counters["balloon_report_inhibited"]:
+        notes.append("the host acknowledged the reports and discarded nothing: page poison or an assigned device")
+    reporting = machine.guest.reporting
+    for zone in machine.guest.zones if reporting is not None else ():
+        if zone.name != "DMA" and reporting is not None and reporting.gated(zone):
+            notes.append(
+                f"reporting skips zone {zone.name}: its {format_size(zone.free_frames * FRAME_SIZE)} free aren't above "
+                f"its low watermark + {format_size(CAPACITY * FRAME_SIZE << reporting.order)} (mm/page_reporting.c)"
+            )
+    return notes
 
 
 def run(
@@ -60,15 +79,22 @@ def run(
             machine.host.pressure()
             yield Step("under pressure")
 
-    for step in steps():
-        sample()
-        end = last.t + step.wait
-        while (left := end - machine.clock.now()) > 0:
-            machine.run_for(min(left, _SAMPLE))
+    try:
+        for step in steps():
             sample()
-        result.phases.append(Phase.of(step.name, last))
-        on_step(step.name)
+            end = last.t + step.wait
+            every = max(_SAMPLE, step.wait / _MOST_SAMPLES)
+            while (left := end - machine.clock.now()) > 0:
+                machine.run_for(min(left, every))
+                sample()
+            result.phases.append(Phase.of(step.name, last))
+            on_step(step.name)
+    except GuestError as error:  # the guest failed, not the run: its rows so far are worth having
+        sample()
+        result.phases.append(Phase.of("failed", last))
+        result.error = str(error)
     result.counters = last.counters
+    result.notes += _notes(machine)
     result.books_difference = last.books_difference
     result.verified_frames = workload.verified_frames
     result.corrupt_frames = workload.corrupt_frames

@@ -38,12 +38,12 @@ def test_memhog_ends_with_a_table_whose_rss_rises_and_falls():
         "2: touched 256 MiB",
         "2: freed",
         "2: freed, 40 s later",
-        "lists drained",
+        "lists drained, 40 s later",
     ]
     assert rows["boot"]["rss_bytes"] == 0
     assert rows["1: touched 256 MiB"]["rss_bytes"] == 256 << 20
     assert rows["1: freed"]["rss_bytes"] == 256 << 20
-    assert rows["lists drained"]["rss_bytes"] == 0
+    assert rows["lists drained, 40 s later"]["rss_bytes"] == 0
     last = rows["2: freed, 40 s later"]
     assert last["rss_bytes"] <= (256 << 20) // 100 + last["guest_pcp_bytes"]
     assert result["verified_frames"] == 2 * 65536
@@ -69,7 +69,7 @@ def test_the_table_says_what_was_measured_and_how():
     assert re.search(r"^1: touched 16 MiB +0:00.0 +16.0 +16.0 +0.0 +16.\d +1.0\d$", out, re.MULTILINE), out
     for words in ("mechanism reporting", "clock step", "seed 1", "Linux ", "userfaultfd", "RSS minus our books: 0"):
         assert words in out
-    assert "again: emu run memhog --size 16MiB" in out
+    assert "again: python -m emu run memhog --size 16MiB" in out
     assert "\x1b" not in out
     assert max(map(len, out.splitlines()[:6])) <= 80
     assert done.stderr == ""
@@ -111,6 +111,12 @@ def test_load_proves_every_file(tmp_path):
         ("run memhog --return never", "now, lazy"),
         ("run memhog --rounds 0", "from 1 to"),
         ("run memhog --rounds x", "rounds"),
+        ("run memhog --rounds 1.5", "isn't a whole number"),
+        ("run memhog --seed 1.9", "isn't a whole number"),
+        ("run memhog --size -5MiB", "isn't a size"),
+        ("run memhog extra", "extra"),
+        ("run memhog --ram 64TiB --size 4KiB", "at most 8 TiB"),
+        ("run load --path=", "is empty"),
         ("run memhog --speed 0", "at least 0.001"),
         ("run memhog --disable magic", "known are"),
         ("run memhog --frobnicate", "frobnicate"),
@@ -136,6 +142,62 @@ def test_a_run_that_fails_is_exit_1():
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "min watermark" in done.stderr
+    assert "--ram" in done.stderr
+    assert re.search(r"^failed +0:00.0", done.stdout, re.MULTILINE)
+    done = emu("run", "memhog", "--size", "128MiB", *QUICK, "--json")
+    assert done.returncode == 1
+    assert "min watermark" in json.loads(done.stdout)["error"]
+
+
+def test_what_keeps_memory_resident_is_said():
+    """A small zone, poison, an assigned device."""
+    small = emu("run", "memhog", "--size", "32MiB", "--ram", "64MiB", "--speed", "step", "--json")
+    assert any("low watermark + 64 MiB" in note for note in json.loads(small.stdout)["notes"])
+    held = emu("run", "memhog", *BIG, "-m", "reporting:assigned_device=yes", "--json")
+    assert any("assigned device" in note for note in json.loads(held.stdout)["notes"])
+
+
+def test_a_reader_that_goes_away_and_a_full_disk():
+    """128 + SIGPIPE as a filter, and one line."""
+    command = f"{' '.join(EMU)} run memhog --size 8MiB --ram 64MiB --speed step"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | true; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() in ("141", "0")
+    assert done.stderr == ""
+    done = subprocess.run(["bash", "-c", f"{command} > /dev/full"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["emu: [Errno 28] No space left on device"]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_a_narrow_terminal_loses_columns_not_digits(width):
+    """No line of the table is longer than the terminal, and numbers stay whole."""
+    control, terminal = pty.openpty()
+    child = subprocess.Popen(
+        [*EMU, "run", "memhog", "--size", "16MiB", "--ram", "64MiB", "--rounds", "1", "--speed", "step"],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": str(width), "LINES": "24"},
+    )
+    os.close(terminal)
+    seen = b""
+    while True:
+        try:
+            data = os.read(control, 65536)
+        except OSError:
+            break
+        if not data:
+            break
+        seen += data
+    assert child.wait(30) == 0
+    os.close(control)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode()).replace("\r", "\n")
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    assert max(map(len, lines[lines.index(next(line for line in lines if line.startswith("phase"))) :])) <= width
+    assert any(re.match(r"1: touched 16 MiB +.*\b16\.0\b", line) for line in lines)
+    assert any(line.startswith("phase") and "LazyFree" in line for line in lines) == (width >= 80)
 
 
 @pytest.mark.parametrize("send", [signal.SIGINT, signal.SIGTERM])

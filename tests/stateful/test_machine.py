@@ -6,6 +6,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import emu
 from emu.errors import OutOfMemory
 from emu.testing import StepClock
+from emu.uffd import probe
 
 PAGES = st.integers(1, 3000)
 
@@ -17,7 +18,7 @@ class GuestMachine(RuleBasedStateMachine):
         mechanism=st.sampled_from(["none", "reporting", "reporting:order=0", "reporting:order=5,delay=100ms"]),
         on_return=st.sampled_from(["now", "now", "lazy"]),
         guest_thp=st.sampled_from(["never", "madvise", "always"]),
-        service=st.sampled_from(["auto", "thread"]),
+        service=st.sampled_from(["auto", "thread"] if probe().rung else ["auto"]),
     )
     def boot(self, mechanism, on_return, guest_thp, service):
         self.m = emu.Machine(

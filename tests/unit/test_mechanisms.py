@@ -20,7 +20,7 @@ def test_a_mechanism_is_a_name_with_settings():
     mechanism = make_mechanism("fpr:order=0,delay=250ms,poison=0xaa,assigned_device=yes")
     assert settings_of(mechanism) == {"order": 0, "delay": 0.25, "poison": 0xAA, "assigned_device": True}
     assert make_mechanism("none").name == "none"
-    assert list(MECHANISMS) == ["none", "reporting"]
+    assert {"none", "reporting"} <= set(MECHANISMS)
 
 
 @pytest.mark.parametrize(
