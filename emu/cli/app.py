@@ -33,6 +33,11 @@ def _terminated(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
+def _drop_output() -> None:
+    # what is still buffered can't be written, and must not fail once more at exit
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; return its exit code."""
     signal.signal(signal.SIGTERM, _terminated)
@@ -53,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print(f"emu: {error}")
         return 1
     except BrokenPipeError:  # the reader (head, less) has gone: say no more, as a filter would that SIGPIPE ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 128 + signal.SIGPIPE
     except OSError as error:
+        _drop_output()
         errors.print(f"emu: {error}")
         return 1
     except KeyboardInterrupt:

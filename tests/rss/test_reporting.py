@@ -24,7 +24,7 @@ def free_in_small_blocks(m, order):
 
 
 @pytest.mark.parametrize("order", [0, 5, 9])
-@pytest.mark.parametrize("service", ["auto", "thread", "off"])
+@pytest.mark.parametrize("service", ["auto", pytest.param("thread", marks=pytest.mark.uffd), "off"])
 def test_what_was_freed_is_given_back_and_faults_in_again_as_zeros(order, service):
     """The floor of everything: touch 160 MiB, munmap, a minute later RSS is under 1 % plus the per-CPU lists."""
     where = {"uffd": "off"} if service == "off" else {"service": service}
