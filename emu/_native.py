@@ -72,26 +72,38 @@ def content(seed: int, key: int) -> bytes:
     return bytes(ffi.buffer(words))
 
 
-def _free_in(pid: int) -> Callable[[Any], None]:
-    # a forked child has the struct, but neither its thread nor its tables: there it is left alone
-    def free(handle: Any) -> None:
-        if os.getpid() == pid:
-            lib.emu_region_free(handle)
+def _cell() -> Any:
+    # Where the core puts a region's handle: owned before there is one, so that no interrupt can come in between.
+    # Freed with
+    # its Region object, not by close(): a late call must find the region closed, not gone. A forked child has the
+    # struct,
+    # but neither its thread nor its tables: there it is left alone.
+    pid = os.getpid()
 
-    return free
+    def free(cell: Any) -> None:
+        if cell[0] != ffi.NULL and os.getpid() == pid:
+            lib.emu_region_free(cell[0])
+
+    return ffi.gc(ffi.new("struct emu_region **"), free)
 
 
 class Region:
     """One opened core region. Every method is one native call (GIL released).
 
-    The core itself counts calls under way and refuses new ones once closed (region.c): nothing here needs a lock, which
-    an interrupt or a signal handler could find held.
+    The core itself counts calls under way and refuses new ones once closed (region.c): nothing here needs a lock,
+    which an interrupt or a signal handler could find held. Made first and opened then: whoever holds the object can
+    close what open() did, whatever interrupted it.
     """
 
-    def __init__(
+    def __init__(self, frames: int) -> None:
+        self.frames = frames
+        self._pid = os.getpid()
+        self._closed = False
+        self._cell = _cell()
+
+    def open(
         self,
         base: int,
-        frames: int,
         *,
         uffd: int,
         service: int,
@@ -100,9 +112,7 @@ class Region:
         fault_around: int,
         disable: frozenset[str],
     ) -> None:
-        self.frames = frames
-        self._pid = os.getpid()
-        self._closed = False
+        """Open it over [base, base + frames * 4096). Raises UffdError."""
         options = ffi.new("struct emu_region_options *")
         options.uffd = uffd
         options.service = service
@@ -110,16 +120,13 @@ class Region:
         options.service_cpu = service_cpu
         options.fault_around = fault_around
         options.disable = disable_mask(disable)
-        ret = ffi.new("struct emu_region **")
-        err = lib.emu_region_open(ffi.cast("void *", base), frames, options, ret)
+        err = lib.emu_region_open(ffi.cast("void *", base), self.frames, options, self._cell)
         if err:
             hint = {
                 errno.ENOSPC: "at most 1024 guest RAMs can be open at once; close some",
                 errno.ENOMEM: "no address space for the tables (RLIMIT_AS, overcommit_memory=2?)",
             }.get(-err, "")
             raise UffdError(-err, "opening the region", hint=hint)
-        # freed with this object, not by close(): a late call must find the region closed, not gone
-        self._handle = ffi.gc(ret[0], _free_in(self._pid))
 
     @property
     def closed(self) -> bool:
@@ -134,12 +141,12 @@ class Region:
         """Raise unless the region can be used by this process now."""
         if self.foreign:
             raise ForkedError(f"this guest RAM belongs to process {self._pid}; open another one in the child")
-        if self._closed:
+        if self._closed or self._cell[0] == ffi.NULL:
             raise ClosedError("this guest RAM is closed")
 
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         self.check()
-        result = function(self._handle, *args)
+        result = function(self._cell[0], *args)
         if result == -errno.ESHUTDOWN:
             raise ClosedError("this guest RAM is closed")
         return result
@@ -151,8 +158,8 @@ class Region:
         undo.
         """
         self._closed = True
-        if not self.foreign:
-            lib.emu_region_close(self._handle)
+        if not self.foreign and self._cell[0] != ffi.NULL:
+            lib.emu_region_close(self._cell[0])
 
     def _failed(self, err: int, progress: Any, *, unit: int = 1) -> EmuError:
         if err == -errno.ERANGE:

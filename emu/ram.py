@@ -31,6 +31,7 @@ from emu.units import FRAME_SIZE, format_size, parse_ram_size
 __all__ = ["Event", "FrameState", "GuestRam", "Histogram", "Op"]
 
 _ALIGN = 2 << 20
+_inherited: list[mmap.mmap] = []  # mappings of a parent process, in its child
 _CHUNK = 16384  # frames (64 MiB) a native call: Python can handle Ctrl-C between two
 
 
@@ -151,9 +152,9 @@ class GuestRam:
         try:
             self._map()
             self._open_uffd(service, uffd, off)
-            self._region = _native.Region(
+            self._region = _native.Region(self.frames)
+            self._region.open(
                 self._base,
-                self.frames,
                 uffd=self._uffd.fileno() if self._uffd else -1,
                 service=getattr(lib, f"EMU_SERVICE_{self.service.upper()}"),
                 poison=bool(self._uffd and Features.POISON in self._uffd.features),
@@ -162,6 +163,8 @@ class GuestRam:
                 disable=off,
             )
         except BaseException:
+            if self._region is not None:
+                self._region.close()
             self._release()
             raise
 
@@ -224,7 +227,7 @@ class GuestRam:
     def close(self) -> None:
         """Give everything back. Waits for calls under way in other threads; a second call does nothing.
 
-        Raises BadValue while somebody still holds an unsafe_view() or a slice of one.
+        Views handed out by unsafe_view() are released. Raises BadValue while somebody still holds a slice of one.
         """
         for view, _ in self._views:
             if (held := view()) is not None:
@@ -248,8 +251,16 @@ class GuestRam:
         if lease is not None:
             ffi.release(lease)
         mapping, self._mapping = self._mapping, None
-        if mapping is not None:
-            mapping.close()  # in a forked child, of the inaccessible mapping that keeps its place (region.c)
+        if mapping is None:
+            return
+        if self._region is not None and self._region.foreign:
+            # a forked child has a hole there, which may hold something of its own by now: never unmap it
+            _inherited.append(mapping)
+            return
+        try:
+            mapping.close()
+        except BufferError:
+            pass  # an interrupt hit between making the lease and storing it: the mapping goes with its last reference
 
     def __enter__(self) -> Self:
         return self
@@ -468,11 +479,10 @@ class GuestRam:
 
 def _refuse_locked_mappings() -> None:
     # mlockall(MCL_FUTURE) would populate the whole RAM in mmap(), and keep it
-    with mmap.mmap(-1, FRAME_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
-        address, lease = _native.address_of(page)
-        populated = residency.mincore_bytes(address, FRAME_SIZE)
-        ffi.release(lease)
-    if populated:
+    # (no `with`: an interrupt between the two would find the page leased; it goes with its last reference)
+    page = mmap.mmap(-1, FRAME_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address, _lease = _native.address_of(page)
+    if residency.mincore_bytes(address, FRAME_SIZE):
         raise HostError("this process locks all its future mappings (mlockall): guest RAM could never be given back")
 
 

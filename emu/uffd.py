@@ -219,6 +219,8 @@ class Userfaultfd:
     `features` says what was got. rung: the highest to try for.
     """
 
+    _fd = -1
+
     def __init__(
         self,
         *,
@@ -227,7 +229,6 @@ class Userfaultfd:
         rung: Rung = Rung.FULL,
         disable: str | frozenset[str] = frozenset(),
     ) -> None:
-        self._fd = -1
         off = _native.disabled(disable)
         # A second handshake on one descriptor is EINVAL: what exists is asked on one that is thrown away.
         offered = probe(off).features

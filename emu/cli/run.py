@@ -45,9 +45,9 @@ def _again() -> str:
     else:
         near = program.is_absolute() and program.is_relative_to(Path.cwd())
         words = [str(program.relative_to(Path.cwd()) if near else program)]
-    if off := os.environ.get("EMU_DISABLE"):
-        words.insert(0, f"EMU_DISABLE={off}")
-    return shlex.join([*words, *sys.argv[1:]])
+    command = shlex.join([*words, *sys.argv[1:]])
+    off = os.environ.get("EMU_DISABLE")
+    return f"EMU_DISABLE={shlex.quote(off)} {command}" if off else command
 
 
 def _whole(type_: object, tokens: Sequence[Token]) -> int:
@@ -127,7 +127,7 @@ def _finish(result: RunResult, common: Common) -> int:
     else:
         print_run(result, Output())
     if result.error is not None:
-        raise GuestError(f"{result.error}; give the guest more: --ram")
+        raise GuestError(result.error)
     if result.corrupt_frames:
         raise EmuError(f"{result.corrupt_frames} of {result.verified_frames} frames held wrong bytes")
     return 0

@@ -113,6 +113,7 @@ struct emu_thread {
 	uint64_t last_addr;
 	unsigned same_addr;
 	int chaining;
+	uint64_t chain_sp;
 	int let_go;
 };
 extern _Thread_local struct emu_thread emu_thread __attribute__((tls_model("initial-exec")));

@@ -169,14 +169,19 @@ static int advise(struct batch *b, size_t *done_runs)
 /* Frames held BUSY with no page behind them: from now on an access fails. What LOST rests on besides the byte. */
 int emu_lose(struct emu_region *r, uint64_t gfn, uint64_t count)
 {
-	uint64_t start = (uintptr_t)emu_frame(r, gfn), len = count << EMU_FRAME_SHIFT, done;
+	const uint64_t start = (uintptr_t)emu_frame(r, gfn), len = count << EMU_FRAME_SHIFT;
+	uint64_t at = 0, done;
 	unsigned eagain = 0;
+	int err = 0;
 
 	if (r->service == EMU_SERVICE_INLINE) /* missing raises SIGBUS, and the handler reads LOST */
 		return 0;
-	if (r->service == EMU_SERVICE_THREAD && r->have_poison &&
-	    !emu_uffd_fill(r->uffd, EMU_FILL_POISON, start, NULL, len, true, &done, &eagain))
-		return 0;
+	if (r->service == EMU_SERVICE_THREAD && r->have_poison) {
+		for (; at < len && (!err || err == -EEXIST); at += done + (err ? EMU_FRAME_SIZE : 0)) /* EEXIST: has one */
+			err = emu_uffd_fill(r->uffd, EMU_FILL_POISON, start + at, NULL, len - at, true, &done, &eagain);
+		if (!err || err == -EEXIST)
+			return 0;
+	}
 	/* before 6.6, or without userfaultfd, or no memory for the marker: an access dies by SIGSEGV instead */
 	if (mprotect((void *)(uintptr_t)start, len, PROT_NONE))
 		return -errno;
@@ -268,7 +273,8 @@ static int publish(struct batch *b, const struct iovec *run, const uint8_t *prio
 			to = EMU_LAZY; /* may have been freed: the weaker claim is true either way */
 		else if (how == FAILED && absent[i] && prior[i] != EMU_LOST)
 			to = outcome(b->verb, prior[i], true);
-		if (to == EMU_LOST && how == FAILED && prior[i] != EMU_LOST)
+		/* gone in a run that failed, or still lost though the MADV_DONTNEED has dropped its marker */
+		if (to == EMU_LOST && (how != DONE || b->verb == UNPOISON))
 			emu_lose(r, gfn + i, 1);
 		if (counts(b->verb, prior[i], to))
 			frames++;

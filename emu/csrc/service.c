@@ -81,8 +81,16 @@ static void serve_one(struct emu_region *r, uint64_t gfn, bool write)
 {
 	uint8_t state = emu_state_load(r, gfn);
 
-	if (state == EMU_RESIDENT || state == EMU_ZEROMAP)
+	if (state == EMU_RESIDENT || state == EMU_ZEROMAP) {
+		emu_stat_add(r, EMU_STAT_pgfault_spurious, 1);
 		emu_fault_vanished(r, gfn);
+	} else if (state == EMU_LOST) { /* somebody's madvise has dropped its marker */
+		if (emu_state_try(r, gfn, EMU_LOST, EMU_BUSY)) {
+			emu_lose(r, gfn, 1);
+			emu_state_publish(r, gfn, EMU_LOST);
+			emu_state_wake(r, gfn, 1);
+		}
+	}
 	else if (emu_fault_resolve(r, gfn, write))
 		emu_service_refuse(r, gfn, 1);
 	emu_uffd_wake(r->uffd, (uintptr_t)emu_frame(r, gfn), EMU_FRAME_SIZE);

@@ -173,7 +173,7 @@ static struct {
 	pthread_mutex_t lock; /* guards stop */
 	pthread_cond_t wake;
 	bool stop, running;
-} watch = { .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER };
+} watch = { .lock = PTHREAD_MUTEX_INITIALIZER };
 
 static void *watcher(void *arg)
 {
@@ -182,7 +182,7 @@ static void *watcher(void *arg)
 	while (!watch.stop) {
 		struct timespec until;
 
-		clock_gettime(CLOCK_REALTIME, &until);
+		clock_gettime(CLOCK_MONOTONIC, &until);
 		until.tv_nsec += 100000000;
 		until.tv_sec += until.tv_nsec / 1000000000;
 		until.tv_nsec %= 1000000000;
@@ -197,6 +197,7 @@ static void *watcher(void *arg)
 /* With the first region and with the last one; the caller serialises. A watch that can't be started isn't missed. */
 void emu_sigbus_watch(bool on)
 {
+	pthread_condattr_t monotonic;
 	sigset_t all, old;
 
 	if (on == watch.running)
@@ -211,6 +212,10 @@ void emu_sigbus_watch(bool on)
 		return;
 	}
 	watch.stop = false;
+	pthread_condattr_init(&monotonic);
+	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+	pthread_cond_init(&watch.wake, &monotonic);
+	pthread_condattr_destroy(&monotonic);
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &old);
 	watch.running = !pthread_create(&watch.thread, NULL, watcher, NULL);
@@ -224,7 +229,6 @@ void emu_sigbus_forked(void)
 {
 	pthread_mutex_init(&lock, NULL);
 	pthread_mutex_init(&watch.lock, NULL);
-	pthread_cond_init(&watch.wake, NULL);
 	watch.running = false;
 }
 
@@ -232,6 +236,24 @@ void emu_sigbus_forked(void)
 static bool readable(uint64_t addr)
 {
 	return syscall(SYS_rt_sigprocmask, -1, addr & ~(uint64_t)7, NULL, 8) == 0 || errno != EFAULT;
+}
+
+static uint64_t stack_pointer(const ucontext_t *uc)
+{
+#if defined(__x86_64__)
+	return (uint64_t)uc->uc_mcontext.gregs[REG_RSP];
+#elif defined(__aarch64__)
+	return uc->uc_mcontext.sp;
+#else
+	return (uintptr_t)uc;
+#endif
+}
+
+/* The frame's ss_flags don't say so (the kernel stores those of sigaltstack(2)); the interrupted stack pointer does. */
+static bool on_alternate_stack(const ucontext_t *uc)
+{
+	return !(uc->uc_stack.ss_flags & SS_DISABLE) &&
+	       stack_pointer(uc) - (uintptr_t)uc->uc_stack.ss_sp < uc->uc_stack.ss_size;
 }
 
 static uint64_t program_counter(const ucontext_t *uc)
@@ -266,6 +288,7 @@ static void chain(int sig, siginfo_t *si, void *context, int depth)
 	}
 	pc = program_counter(context);
 	emu_thread.chaining = depth + 1;
+	emu_thread.chain_sp = (uintptr_t)__builtin_frame_address(0);
 	if (f->action[i].sa_flags & SA_SIGINFO)
 		f->action[i].sa_sigaction(sig, si, context);
 	else
@@ -304,8 +327,10 @@ static int serve(struct emu_region *r, uint64_t addr, uint64_t gfn, const siginf
 
 	if (si->si_code == BUS_MCEERR_AR || si->si_code == BUS_MCEERR_AO)
 		return -EFAULT; /* the host's memory failed: nothing to install */
-	if (state == EMU_RESIDENT || state == EMU_ZEROMAP)
+	if (state == EMU_RESIDENT || state == EMU_ZEROMAP) {
+		emu_stat_add(r, EMU_STAT_pgfault_spurious, 1);
 		return loops(addr) ? emu_fault_vanished(r, gfn) : 0;
+	}
 	emu_thread.same_addr = 0;
 	/*
 	 * With the thread service, only a poisoned frame raises a signal.  If it isn't LOST any more (unpoisoned
@@ -328,6 +353,7 @@ static void on_sigbus(int sig, siginfo_t *si, void *context)
 		struct emu_region *r = emu_registry_get(addr, &gfn);
 
 		emu_thread.let_go = 0;
+		emu_thread.chaining = 0; /* a former that jumped out of the last one has left it set */
 		if (r) {
 			struct emu_guard *guard = atomic_load_explicit(&emu_thread.guard, memory_order_relaxed);
 			int err = serve(r, addr, gfn, si, uc);
@@ -345,14 +371,12 @@ static void on_sigbus(int sig, siginfo_t *si, void *context)
 				siglongjmp(guard->env, 1);
 			}
 		}
-		/* a former that jumped out of the last one has left this set */
-		emu_thread.chaining = 0;
 		chain(sig, si, context, 0);
-	} else if (emu_thread.chaining) {
+	} else if (emu_thread.chaining && stack_pointer(uc) < emu_thread.chain_sp) { /* that former is still running */
 		chain(sig, si, context, emu_thread.chaining);
 	} else {
 		struct formers *f = atomic_load(&formers);
-		bool nested = uc->uc_stack.ss_flags == 1 /* SS_ONSTACK */ || !f || !is_function(&f->action[f->n - 1]);
+		bool nested = on_alternate_stack(uc) || !f || !is_function(&f->action[f->n - 1]);
 
 		if (nested && si->si_code == SI_TKILL && si->si_pid == getpid() && !emu_thread.let_go++) {
 			errno = saved_errno;

@@ -406,6 +406,12 @@ class Buddy:
 
     def check_blocks(self, frame: int, count: int, order: int) -> None:
         """Raise AllocatorError unless count blocks in a row, relative to base, are allocated with that order."""
+        if not 0 <= frame < frame + (count << order) <= self.frames:
+            raise AllocatorError(
+                f"{count} blocks of order {order} from pfn {self.base + frame:#x} on are outside",
+                pfn=self.base + frame,
+                order=order,
+            )
         if order == 0:
             marks = bytes(self._allocated[frame : frame + count])
             if marks.count(1) == count:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 from emu.clock import Clock
-from emu.errors import BadValue, ClosedError, GuestError
+from emu.errors import BadValue, ClosedError, GuestError, GuestMemoryError
 from emu.guest.buddy import PAGEBLOCK_ORDER, Buddy, MigrateType
 from emu.guest.lock import KernelLock, in_kernel
 from emu.guest.memory import GuestMemory, Op
@@ -84,9 +84,11 @@ class GuestKernel:
             ),
             0,
         )
+        #: frames that the host has lost (GuestMemoryError): never allocated again, as with memory_failure()
+        self.hwpoison: set[int] = set()
         self._pids = itertools.count(1)
         self._key = itertools.count(1)
-        self._paused = False
+        self._paused = 0
         self._closed = False
         spans = zone_spans(memory.frames)
         managed = [frames for _, _, frames in spans]
@@ -126,11 +128,13 @@ class GuestKernel:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Stop the guest: meanwhile no guest code runs, neither timers nor calls of its processes (GuestError)."""
-        self._paused = True
+        with self.kernel_lock:  # whatever is under way ends first
+            self._paused += 1
         try:
             yield
         finally:
-            self._paused = False
+            with self.kernel_lock:
+                self._paused -= 1
 
     def check_running(self) -> None:
         """Raise GuestError while the guest is paused, ClosedError when it is gone."""
@@ -165,7 +169,6 @@ class GuestKernel:
 
         Fewer than asked for means out of memory: the caller has what there was above the min watermarks.
         """
-        self.check_running()
         runs: list[tuple[int, int, int]] = []
         left = count
         for attempt in ("low", "min", "drained"):
@@ -206,7 +209,6 @@ class GuestKernel:
     @in_kernel
     def alloc_huge(self) -> int | None:
         """Allocate a block of order 9 for a huge page; None when there is none (the fault falls back to 4 KiB)."""
-        self.check_running()
         for low in (True, False):
             for zone in reversed(self.zones):
                 mark = zone.watermarks.low if low else zone.watermarks.min
@@ -222,17 +224,46 @@ class GuestKernel:
     @in_kernel
     def free_pages(self, runs: Iterable[tuple[int, int]], order: int = 0) -> None:
         """Free runs of allocated blocks, (pfn, blocks) each, in order."""
-        self.check_running()
         for pfn, count in runs:
-            self.vmstat["pgfree"] += count << order
-            if self.page_poison is not None:  # kernel_poison_pages(): before the allocator has them
-                self.memory.vcpu(Op.SET, Ranges.of([(pfn, count << order)]), self.page_poison)
             while count:
                 zone = self.zone_of(pfn)
-                part = min(count, (zone.buddy.base + zone.buddy.frames - pfn) >> order)
-                zone.pcp.free(pfn, order, part)
+                part = min(count, max((zone.buddy.base + zone.buddy.frames - pfn) >> order, 1))
+                zone.buddy.check_blocks(pfn - zone.buddy.base, part, order)
+                if self.page_poison is None:
+                    zone.pcp.free(pfn, order, part)
+                else:
+                    self._free_poisoned(zone, pfn, order, part, self.page_poison)
+                self.vmstat["pgfree"] += part << order
                 pfn += part << order  # noqa: PLW2901
                 count -= part  # noqa: PLW2901
+
+    def _free_poisoned(self, zone: Zone, pfn: int, order: int, count: int, byte: int) -> None:
+        # kernel_poison_pages(): before the allocator has them. A frame that the host has lost is kept out of it.
+        frames = Ranges.of([(pfn, count << order)])
+        try:
+            self.memory.vcpu(Op.SET, frames, byte)
+        except GuestMemoryError as error:
+            if order:
+                for block in range(count):
+                    zone.buddy.split(pfn + (block << order), order)
+            self.hwpoison.add(error.gfn)
+            end = pfn + (count << order)
+            if error.gfn > pfn:
+                zone.pcp.free(pfn, 0, error.gfn - pfn)
+            if error.gfn + 1 < end:
+                self._free_poisoned(zone, error.gfn + 1, 0, end - error.gfn - 1, byte)
+            return
+        zone.pcp.free(pfn, order, count)
+
+    def free_after_failure(self, runs: Iterable[tuple[int, int]], error: BaseException) -> None:
+        """Free single frames whose first use failed; one that the host has lost stays out, and counts as used."""
+        bad = error.gfn if isinstance(error, GuestMemoryError) else None
+        for pfn, count in runs:
+            if bad is None or not pfn <= bad < pfn + count:
+                self.free_pages([(pfn, count)])
+                continue
+            self.hwpoison.add(bad)
+            self.free_pages([(a, b - a) for a, b in ((pfn, bad), (bad + 1, pfn + count)) if a < b])
 
     @in_kernel
     def drain_pages(self) -> None:

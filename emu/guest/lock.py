@@ -5,13 +5,42 @@ one CPU would serialise them; work in parallel is for the C loops (`threads=`). 
 """
 
 import functools
+import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 __all__ = ["KernelLock", "in_kernel"]
 
-KernelLock = threading.RLock
+
+class KernelLock:
+    """A reentrant lock that is free in a forked child, where its holder may not exist."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        _locks.add(self)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def renew(self) -> None:
+        """Forget who holds it."""
+        self._lock = threading.RLock()
+
+
+_locks: "weakref.WeakSet[KernelLock]" = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for lock in list(_locks):
+        lock.renew()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -173,13 +173,18 @@ class Mapping:
             self._populate(start // FRAME_SIZE, start // FRAME_SIZE + 1)
         if end % FRAME_SIZE and end > start:
             self._populate(end // FRAME_SIZE, end // FRAME_SIZE + 1)
-        self._populate(-(-start // FRAME_SIZE), end // FRAME_SIZE, start=start, data=view)
-        at = 0
-        for gfn, count, page in self._ranges(start // FRAME_SIZE, -(-end // FRAME_SIZE)):
-            lo = max((page - self._key) * FRAME_SIZE, start)
-            hi = min((page - self._key + count) * FRAME_SIZE, end)
-            self._kernel.memory.write(gfn * FRAME_SIZE + lo % FRAME_SIZE, view[at : at + hi - lo])
-            at += hi - lo
+        done = self._populate(-(-start // FRAME_SIZE), end // FRAME_SIZE, start=start, data=view)
+        page = start // FRAME_SIZE
+        for first, last in [*done, (-(-end // FRAME_SIZE),) * 2]:  # the gaps between what was filled just now
+            self._store(page, first, start, view)
+            page = last
+
+    def _store(self, first: int, last: int, start: int, view: memoryview) -> None:
+        # the part of `view`, the bytes at `start` of the mapping, that lies in present pages [first, last)
+        for gfn, count, key in self._ranges(first, last):
+            page = key - self._key
+            lo, hi = max(page * FRAME_SIZE, start), min((page + count) * FRAME_SIZE, start + len(view))
+            self._kernel.memory.write(gfn * FRAME_SIZE + lo % FRAME_SIZE, view[lo - start : hi - start])
 
     # ---- giving back
 
@@ -263,8 +268,12 @@ class Mapping:
         if start >= 0:
             yield start, end
 
-    def _populate(self, first: int, end: int, *, start: int = 0, data: memoryview | None = None) -> None:
-        # Give pages their frames. With data (the bytes at `start` of the mapping), small pages get it instead of zeros.
+    def _populate(
+        self, first: int, end: int, *, start: int = 0, data: memoryview | None = None
+    ) -> list[tuple[int, int]]:
+        # Give pages their frames. With data (the bytes at `start` of the mapping), small pages get it instead of zeros;
+        # returns the spans of pages that did.
+        filled = []
         for lo, hi in list(self._absent(first, end)):
             page = lo
             while page < hi:
@@ -275,7 +284,10 @@ class Mapping:
                 stop = min(hi, (page // _HUGE + 1) * _HUGE) if self.huge else hi
                 part = None if data is None else data[page * FRAME_SIZE - start : stop * FRAME_SIZE - start]
                 self._fault_small(page, stop, part)
+                if data is not None:
+                    filled.append((page, stop))
                 page = stop
+        return filled
 
     def _fault_huge(self, page: int) -> bool:
         block = page // _HUGE
@@ -290,8 +302,9 @@ class Mapping:
             return False
         try:
             self._kernel.memory.vcpu(Op.SET, Ranges.of([(frame, _HUGE)]), 0)
-        except BaseException:
-            self._kernel.free_pages([(frame, 1)], PAGEBLOCK_ORDER)
+        except BaseException as error:
+            self._kernel.zone_of(frame).buddy.split(frame, PAGEBLOCK_ORDER)
+            self._kernel.free_after_failure([(frame, _HUGE)], error)
             raise
         self._kernel.vmstat["pgfault"] += 1
         self._kernel.vmstat["thp_fault_alloc"] += 1
@@ -317,8 +330,8 @@ class Mapping:
                     for k in range(count):
                         memory.write((frame - k) * FRAME_SIZE, data[at : at + FRAME_SIZE])
                         at += FRAME_SIZE
-        except BaseException:
-            self._kernel.free_pages(spans)
+        except BaseException as error:
+            self._kernel.free_after_failure(spans, error)
             raise
         page = first
         for frame, count, step in runs:

@@ -83,9 +83,10 @@ def print_run(result: RunResult, console: Console) -> None:
         console.width = max(console.width, layout())
     layout()
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="bold")
-    table.add_column("phase", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("phase", no_wrap=True, overflow="ellipsis")
+    for i, name in enumerate(columns, start=1):
+        widest = max([len(name), *(len(row[i]) for row in rows)])
+        table.add_column(name, justify="right", no_wrap=True, min_width=widest)
     table.add_row("", *(Text(unit, style="dim") for unit, _ in columns.values()))
     for row in rows:
         table.add_row(*row)

@@ -55,9 +55,11 @@ class Load:
         try:
             if self.path.is_dir():
                 os.listdir(self.path)
-            else:
+            elif self.path.is_file() or not self.path.exists():
                 with self.path.open("rb"):
                     pass
+            else:
+                raise BadValue(f"path {str(path)!r} is neither a directory nor a regular file")
         except OSError as error:
             raise BadValue(f"path {str(path)!r} can't be read: {error.strerror}") from None
 
@@ -87,11 +89,15 @@ class Load:
             mapping = process.mmap(-(-size // FRAME_SIZE) * FRAME_SIZE) if size else None
             digest = hashlib.sha256()
             at = 0
-            while at < size and (data := file.read(min(_PART, size - at))):
-                assert mapping is not None
-                mapping.write(at, data)
-                digest.update(data)
-                at += len(data)
+            try:
+                while mapping is not None and at < size and (data := file.read(min(_PART, size - at))):
+                    mapping.write(at, data)
+                    digest.update(data)
+                    at += len(data)
+            except OSError:
+                if mapping is not None:
+                    mapping.munmap()
+                raise
         return _File(path, at, digest.digest(), mapping)
 
     def _verify(self, file: _File) -> None:

@@ -7,7 +7,7 @@ clock says it took (none, on a stepped clock). Between two samples the integrals
 import time
 from collections.abc import Callable, Iterator
 
-from emu.errors import GuestError
+from emu.errors import GuestError, OutOfMemory
 from emu.guest.reporting import CAPACITY
 from emu.machine import Machine
 from emu.mechanisms import settings_of
@@ -92,7 +92,7 @@ def run(
     except GuestError as error:  # the guest failed, not the run: its rows so far are worth having
         sample()
         result.phases.append(Phase.of("failed", last))
-        result.error = str(error)
+        result.error = str(error) + ("; give the guest more: --ram" if isinstance(error, OutOfMemory) else "")
     result.counters = last.counters
     result.notes += _notes(machine)
     result.books_difference = last.books_difference

@@ -361,6 +361,66 @@ def test_interrupts_anywhere_never_hang_close_or_leave_a_thread():
     assert (done.returncode, done.stdout) == (0, "True 1\n"), (done.stdout, done.stderr)
 
 
+@pytest.mark.parametrize("service", [pytest.param("inline", marks=pytest.mark.inline), "thread"])
+@pytest.mark.uffd
+def test_interrupts_while_opening_leave_nothing_behind(service):
+    """Neither a region nor its thread; the next RAMs are served."""
+    done = run_python(f"""
+        import faulthandler, os, random, signal, time, emu
+        faulthandler.dump_traceback_later(50, exit=True)
+        rng = random.Random(7)
+        def interrupt(number, frame):
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGALRM, interrupt)
+        for round_ in range(1500):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 6e-4))
+                ram = emu.GuestRam("1MiB", service={service!r})
+                time.sleep(1)
+            except KeyboardInterrupt:
+                pass
+            ram = None
+        faulthandler.cancel_dump_traceback_later()
+        for _ in range(50):
+            with emu.GuestRam("1MiB", service={service!r}) as ram:
+                ram.touch(0, 256)
+                assert ram.rss_bytes == ram.size
+        for _ in range(100):
+            if len(os.listdir("/proc/self/task")) == 1:
+                break
+            time.sleep(0.01)
+        print(len(os.listdir("/proc/self/task")), emu._native.lib.emu_sigbus_is_ours())
+    """)
+    assert (done.returncode, done.stdout) == (0, "1 0\n"), (done.stdout, done.stderr[-2000:])
+
+
+def test_a_child_forked_in_the_middle_of_a_guests_work_can_close():
+    """The kernel lock's holder doesn't exist there."""
+    done = run_python("""
+        import faulthandler, os, threading, time, warnings, emu
+        warnings.simplefilter("ignore")
+        faulthandler.dump_traceback_later(40, exit=True)
+        m = emu.Machine("1GiB", clock=emu.StepClock())
+        memory = m.guest.spawn("a").mmap("512MiB")
+        thread = threading.Thread(target=lambda: memory.fill(seed=1))
+        thread.start()
+        time.sleep(0.1)
+        pid = os.fork()
+        if not pid:
+            try:
+                m.guest
+            except emu.ForkedError:
+                m.close()
+                os._exit(42)
+            os._exit(1)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        thread.join()
+        print(code, memory.verify(seed=1))
+        m.close()
+    """)
+    assert (done.returncode, done.stdout) == (0, "42 []\n"), (done.stdout, done.stderr)
+
+
 def test_a_childs_close_of_its_parents_ram_unmaps_nothing_of_the_child():
     """And a RAM of the child's own is served in the child."""
     done = run_python("""

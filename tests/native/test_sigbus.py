@@ -143,6 +143,21 @@ def test_a_raw_view_survives_faulthandler_enabled_after_the_last_call():
     assert (done.returncode, done.stdout) == (0, "served\n"), done.stderr
 
 
+def test_a_raw_view_under_a_late_faulthandler_is_not_passed_on_to_an_older_handler():
+    """The alternate stack tells that the signal came out of another handler."""
+    done = run("""
+        signal.signal(signal.SIGBUS, lambda n, f: print('passed on', flush=True))
+        ram = emu.GuestRam('4MiB', service='inline')
+        serve(ram, 0)
+        view = ram.unsafe_view()
+        faulthandler.enable()
+        assert view[900 * 4096] == 0
+        print('served')
+        view.release()
+    """)
+    assert (done.returncode, done.stdout) == (0, "served\n"), done.stderr
+
+
 def test_a_thread_with_sigbus_blocked_is_served_and_its_mask_kept():
     """Through every public call."""
     done = run("""

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from emu.errors import AllocatorError, BadValue, GuestError, OutOfMemory
+from emu.errors import AllocatorError, BadValue, GuestError, GuestMemoryError, OutOfMemory
 from emu.guest.kernel import GuestKernel
 from emu.guest.memory import Op
 from emu.testing import ReferenceMemory, StepClock
@@ -149,6 +149,74 @@ def test_a_clear_that_stops_leaves_no_page_and_no_frame_behind():
         mapping.munmap()
 
 
+def test_a_frame_that_the_host_lost_is_never_allocated_again():
+    """And takes nothing else with it; neither when it is cleared nor when it is poisoned on its way back."""
+    memory, kernel = boot()
+    calls = memory.vcpu
+    lost = set()
+
+    def losing(op, ranges, arg=0, **options):
+        for first, count, _ in ranges:
+            for gfn in range(first, first + count):
+                if gfn in lost:
+                    raise GuestMemoryError(133, gfn, 0)
+        return calls(op, ranges, arg, **options)
+
+    memory.vcpu = losing
+    for thp in (False, True):
+        mapping = kernel.spawn("a").mmap("4MiB", thp=thp)
+        [(pfn, _, _)] = kernel.alloc_frames(1)
+        kernel.free_pages([(pfn, 1)])
+        bad = (
+            pfn if not thp else next(p for p, order, _, _ in kernel.zones[-1].buddy.free_blocks() if order == 10) + 700
+        )
+        lost.add(bad)
+        for _ in range(20):
+            try:
+                mapping.fill(seed=1)
+                break
+            except GuestMemoryError:
+                continue
+        assert mapping.verify(seed=1) == []
+        mapping.munmap()
+        kernel.drain_pages()
+    assert kernel.hwpoison <= lost
+    assert kernel.used_bytes == len(kernel.hwpoison) * 4096 > 0
+    lost.clear()  # those that were met are out for good; the others were never lost
+    kernel.page_poison = 0xAA
+    mapping = kernel.spawn("b").mmap("8MiB")
+    mapping.touch()
+    lost.add(mapping._frame[1000] - 1)
+    used = len(kernel.hwpoison)
+    mapping.munmap()
+    assert kernel.used_bytes == (used + 1) * 4096
+
+
+def test_whole_pages_are_written_once():
+    """Into their new frames; only what was there before is overwritten."""
+    memory, kernel = boot()
+    mapping = kernel.spawn("a").mmap("1MiB")
+    mapping.write(10 * 4096, b"x" * 4096)
+    written = []
+    calls = memory.write
+    memory.write = lambda gpa, data: (written.append(len(data)), calls(gpa, data))
+    data = random.Random(4).randbytes(30 * 4096 + 77)
+    mapping.write(4096 - 7, data)
+    assert sum(written) == len(data)
+    assert mapping.read(4096 - 7, len(data)) == data
+
+
+def test_a_pause_waits_for_what_is_under_way_and_nests():
+    """Two pauses are over when both are."""
+    _, kernel = boot()
+    with kernel.paused():
+        with kernel.paused():
+            pass
+        with pytest.raises(GuestError, match="paused"):
+            kernel.spawn("a")
+    kernel.spawn("a")
+
+
 def test_a_double_free_in_the_kernel_raises_and_changes_nothing():
     """Through the per-CPU lists, too."""
     _, kernel = boot()
@@ -157,6 +225,9 @@ def test_a_double_free_in_the_kernel_raises_and_changes_nothing():
     free = (kernel.free_bytes, kernel.pcp_bytes)
     with pytest.raises(AllocatorError, match="double free"):
         kernel.free_pages([(pfn, 1)])
+    for outside in (-1, kernel.memory.frames):
+        with pytest.raises((AllocatorError, GuestError)):
+            kernel.free_pages([(outside, 1)])
     assert (kernel.free_bytes, kernel.pcp_bytes) == free
 
 

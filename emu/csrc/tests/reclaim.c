@@ -135,6 +135,32 @@ static int a_refusal_in_the_middle_leaves_true_books(void)
 	return 0;
 }
 
+/* unpoison that fails halfway, or a stray madvise, takes the marker: the frame is LOST all the same, for raw accesses, too */
+static int a_lost_frame_without_its_marker_is_still_lost(void)
+{
+	struct rig *rig = rig_open(64, EMU_SERVICE_THREAD, 1, 0);
+	struct emu_guard guard;
+
+	if (!rig)
+		return SKIPPED;
+	CHECK_EQ(emu_poison(rig->r, &(struct emu_range){ 0, 4, 0 }, 1), 4);
+	CHECK_EQ(madvise(emu_frame(rig->r, 1), 4096, MADV_DONTNEED), 0);
+	guard.region = rig->r;
+	guard.err = 0;
+	if (!sigsetjmp(guard.env, EMU_SAVEMASK)) {
+		atomic_store(&emu_thread.guard, &guard);
+		(void)*(volatile uint8_t *)emu_frame(rig->r, 1);
+		CHECK(!"the load went through");
+	}
+	atomic_store(&emu_thread.guard, NULL);
+	CHECK_EQ(guard.err, -EHWPOISON);
+	CHECK_EQ(emu_unpoison(rig->r, &(struct emu_range){ 0, 64, 0 }, 1), 4);
+	CHECK_EQ(rig_run(rig, EMU_TOUCH_WRITE, 0, 64, 0, 1, NULL), 0);
+	rig_check_books(rig);
+	rig_close(rig);
+	return 0;
+}
+
 static int zero_pages_are_not_lazily_freed(void)
 {
 	struct rig *rig = rig_open(64, EMU_SERVICE_OFF, 1, 0);
@@ -168,6 +194,7 @@ const struct test reclaim_tests[] = {
 	{ "reclaim: lazily freed frames go under pressure, written ones stay",
 	  lazily_freed_frames_go_under_pressure_and_written_ones_stay },
 	{ "reclaim: a refusal in the middle leaves true books", a_refusal_in_the_middle_leaves_true_books },
+	{ "reclaim: a lost frame without its marker is still lost", a_lost_frame_without_its_marker_is_still_lost },
 	{ "reclaim: zero pages are not lazily freed", zero_pages_are_not_lazily_freed },
 	{ "reclaim: events tell what was taken", events_tell_what_was_taken },
 	{ NULL, NULL },
