@@ -1,16 +1,11 @@
 """GuestRam: a mapping, a fault service, and a state for each frame.
 
-The mapping is private anonymous memory (Python's default, MAP_SHARED, would keep the pages in shmem after a discard),
-aligned to 2 MiB so that guest and host agree on what a block is, with inaccessible guard pages on both sides so that it
-never shares a VMA with a neighbour, MADV_NOHUGEPAGE so that RSS is exact to the frame, and MADV_DONTFORK.
-
 Guest bytes are reached by read, write, touch, fill, verify and install: C calls with the GIL released. A raw view
 exists as unsafe_view(). Ranges are [(gfn, count), ...] in frames; gpa is a byte address in the guest, gfn * 4096.
 """
 
 import ctypes
 import enum
-import errno
 import mmap
 import os
 import warnings
@@ -22,16 +17,16 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from emu import _native, residency
-from emu._native import ffi, lib
+from emu._native import lib
 from emu.errors import BadValue, ClosedError, GuestMemoryError, HostError, RangeError
+from emu.histogram import Histogram
+from emu.mapping import RamMapping
 from emu.ranges import Ranges
 from emu.uffd import Features, Mode, Rung, Userfaultfd, probe
 from emu.units import FRAME_SIZE, format_size, parse_ram_size
 
 __all__ = ["Event", "FrameState", "GuestRam", "Histogram", "Op"]
 
-_ALIGN = 2 << 20
-_inherited: list[mmap.mmap] = []  # mappings of a parent process, in its child
 _CHUNK = 16384  # frames (64 MiB) a native call: Python can handle Ctrl-C between two
 
 
@@ -76,35 +71,6 @@ _EVENT_TYPES = {
 }
 
 
-class Histogram:
-    """Latencies in ns, eight buckets an octave; several runs may add to one."""
-
-    def __init__(self) -> None:
-        self._c = ffi.new("struct emu_hist *")
-
-    @property
-    def count(self) -> int:
-        return int(self._c.count)
-
-    @property
-    def mean(self) -> float:
-        """Mean in ns; 0 when empty."""
-        return float(self._c.sum / self._c.count) if self._c.count else 0.0
-
-    @property
-    def max(self) -> int:
-        return int(self._c.max)
-
-    def percentile(self, percent: float) -> int:
-        """Return the floor, in ns, of the bucket that the percentile falls into."""
-        left = self._c.count * percent / 100
-        for bucket in range(lib.EMU_HIST_BUCKETS):
-            left -= self._c.bucket[bucket]
-            if left <= 0 and self._c.bucket[bucket]:
-                return int(lib.emu_hist_floor(bucket))
-        return self.max
-
-
 class GuestRam:
     """A guest's memory.
 
@@ -129,8 +95,6 @@ class GuestRam:
     ) -> None:
         self._region: _native.Region | None = None
         self._uffd: Userfaultfd | None = None
-        self._mapping: mmap.mmap | None = None
-        self._lease: Any = None
         self._views: list[tuple[weakref.ref[memoryview], weakref.ref[Any]]] = []
         self.size = parse_ram_size(size)
         self.frames = self.size // FRAME_SIZE
@@ -149,8 +113,10 @@ class GuestRam:
             raise BadValue(f"service_cpu {service_cpu!r} isn't one of {sorted(os.sched_getaffinity(0))}")
         self.fault_around = fault_around
         self.service_cpu = service_cpu
+        self._mapping = RamMapping(self.size)
         try:
-            self._map()
+            self._mapping.map()
+            self._base = self._mapping.base
             self._open_uffd(service, uffd, off)
             self._region = _native.Region(self.frames)
             self._region.open(
@@ -167,28 +133,6 @@ class GuestRam:
                 self._region.close()
             self._release()
             raise
-
-    def _map(self) -> None:
-        length = self.size + 2 * _ALIGN
-        _refuse_locked_mappings()
-        try:
-            self._mapping = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | lib.MAP_NORESERVE)
-        except (OSError, OverflowError, ValueError) as error:
-            raise HostError(
-                f"can't map {format_size(self.size)} of address space: {error}; look at RLIMIT_AS (ulimit -v), "
-                "vm.overcommit_memory (2 ignores NORESERVE) and the cgroup's limit: emu doctor"
-            ) from error
-        start, self._lease = _native.address_of(self._mapping)
-        # at least one whole guard page on either side
-        self._base = (start + FRAME_SIZE + _ALIGN - 1) & -_ALIGN
-        self._offset = self._base - start
-        # on the RAM alone: a guard with the same flags as a frame made inaccessible (poison) would merge with its VMA
-        self._mapping.madvise(mmap.MADV_NOHUGEPAGE, self._offset, self.size)
-        # the guards are inherited, so that a child's close() unmaps nothing of the child's
-        self._mapping.madvise(mmap.MADV_DONTFORK, self._offset, self.size)
-        lib.munlock(ffi.cast("void *", self._base), self.size)  # mlockall(MCL_FUTURE | MCL_ONFAULT): can't be discarded
-        _guard(start, self._offset)
-        _guard(self._base + self.size, length - self._offset - self.size)
 
     def _open_uffd(self, service: str, uffd: str, off: frozenset[str]) -> None:
         self.service: str = "off"
@@ -243,24 +187,10 @@ class GuestRam:
         self._release()
 
     def _release(self) -> None:
-        # each part is taken out first and let go then: two closers can't both let go of it
         uffd, self._uffd = self._uffd, None
         if uffd is not None:
             uffd.close()
-        lease, self._lease = self._lease, None
-        if lease is not None:
-            ffi.release(lease)
-        mapping, self._mapping = self._mapping, None
-        if mapping is None:
-            return
-        if self._region is not None and self._region.foreign:
-            # a forked child has a hole there, which may hold something of its own by now: never unmap it
-            _inherited.append(mapping)
-            return
-        try:
-            mapping.close()
-        except BufferError:
-            pass  # an interrupt hit between making the lease and storing it: the mapping goes with its last reference
+        self._mapping.close()
 
     def __enter__(self) -> Self:
         return self
@@ -311,7 +241,7 @@ class GuestRam:
         done = 0
         for batch in ranges.chunks(_CHUNK * threads):
             try:
-                bad += core.vcpu(op, batch, arg, threads, None if latency is None else latency._c)
+                bad += core.vcpu(op, batch, arg, threads, None if latency is None else latency.native)
             except GuestMemoryError as error:
                 error.done += done
                 raise
@@ -475,18 +405,3 @@ class GuestRam:
     def trace_faults(self, on: bool = True) -> None:
         """Record every fault as an event, too."""
         self._core.trace_faults(on)
-
-
-def _refuse_locked_mappings() -> None:
-    # mlockall(MCL_FUTURE) would populate the whole RAM in mmap(), and keep it
-    # (no `with`: an interrupt between the two would find the page leased; it goes with its last reference)
-    page = mmap.mmap(-1, FRAME_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    address, _lease = _native.address_of(page)
-    if residency.mincore_bytes(address, FRAME_SIZE):
-        raise HostError("this process locks all its future mappings (mlockall): guest RAM could never be given back")
-
-
-def _guard(start: int, length: int) -> None:
-    """Make [start, start + length) inaccessible."""
-    if lib.mprotect(ffi.cast("void *", start), length, 0):
-        raise HostError(f"mprotect of the guard pages: {os.strerror(ffi.errno or errno.EINVAL)}")

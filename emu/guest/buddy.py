@@ -13,10 +13,6 @@ Three things that a textbook buddy lacks decide what free page reporting sees:
   another, the largest block it can find, and takes the pageblock over if enough of it is free or compatible.
 - **The Reported flag** of a free block dies when the block leaves its list: by allocation, by split, by merge.
 
-Lists are circular and doubly linked through arrays indexed by block number, as the kernel's run through struct page, so
-that taking a block out of the middle and rotating a list cost what they cost there. The arrays are lazily populated
-memory: a 1 TiB guest has 2 GiB of them and pays for the pages it uses.
-
 Bulk calls do what the same number of single calls would do, block by block: a run of frames freed in ascending order
 leaves the same blocks in the same places as its aligned blocks freed one after another, since a block comes into being
 when its last frame is freed. tests/stateful holds the two against each other.
@@ -26,45 +22,20 @@ ALLOC_NOFRAGMENT; a pageblock's frames that aren't free count as movable when it
 at those on per-CPU lists); what comes back from a per-CPU list goes to its pageblock's type of now, not of its free.
 """
 
-import enum
-import mmap
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 
 from emu.errors import AllocatorError, BadValue, OutOfMemory
+from emu.guest.free_area import MAX_ORDER, PAGEBLOCK_ORDER, FreeArea, MigrateType, lazy_bytes
 
 __all__ = ["MAX_ORDER", "PAGEBLOCK_ORDER", "Buddy", "MigrateType"]
 
-MAX_ORDER = 10  # the largest order (the kernel's MAX_ORDER was one more until 6.4)
-PAGEBLOCK_ORDER = 9
 _PAGEBLOCK = 1 << PAGEBLOCK_ORDER
 _ORDERS = MAX_ORDER + 1
-_MAP_NORESERVE = 0x4000
-
-# a list's flag byte: 0 = no free block of this order starts here
-_FREE = 1
-_REPORTED = 2
-
-
-class MigrateType(enum.IntEnum):
-    """include/linux/mmzone.h, enum migratetype."""
-
-    UNMOVABLE = 0
-    MOVABLE = 1
-    RECLAIMABLE = 2
-
-
-_TYPES = len(MigrateType)
 # mm/page_alloc.c, fallbacks[]
 _FALLBACKS = ((2, 1), (2, 0), (0, 1))
 
 
-def lazy_bytes(n: int) -> memoryview:
-    """Return n zero bytes whose pages come into being when they are written."""
-    return memoryview(mmap.mmap(-1, max(n, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE))
-
-
-class Buddy:
+class Buddy(FreeArea):
     """An area of frames [base, base + frames) and its free blocks.
 
     base must be a multiple of the largest block. on_free(order) is called at the end of every free with the order that
@@ -76,100 +47,11 @@ class Buddy:
             raise BadValue(f"a buddy allocator of {frames!r} frames: give an integer from 1 to {(1 << 32) - 1}")
         if base % (1 << MAX_ORDER):
             raise BadValue(f"base {base} isn't a multiple of {1 << MAX_ORDER} frames")
-        self.base = base
-        self.frames = frames
         self.on_free = on_free
-        #: frames on the free lists
-        self.free_frames = 0
-        #: free blocks by order, and of those the reported ones
-        self.nr_free = [0] * _ORDERS
-        self.nr_reported = [0] * _ORDERS
-        blocks = [frames >> order for order in range(_ORDERS)]
-        # one mapping, cut into next, prev and flags of each order, then the allocation map
-        words = sum(n + _TYPES for n in blocks)
-        slab = lazy_bytes(8 * words + sum(blocks) + frames)
-        links = slab[: 8 * words].cast("I")
-        self._next: list[memoryview] = []
-        self._prev: list[memoryview] = []
-        self._flags: list[memoryview] = []
-        at, byte = 0, 8 * words
-        for n in blocks:
-            self._next.append(links[at : at + n + _TYPES])
-            self._prev.append(links[at + n + _TYPES : at + 2 * (n + _TYPES)])
-            at += 2 * (n + _TYPES)
-            self._flags.append(slab[byte : byte + n])
-            byte += n
+        super().__init__(frames, base=base)
         # order + 1 where an allocated block starts; PCP's mark on frames that sit on a per-CPU list
-        self._allocated = slab[byte : byte + frames]
+        self._allocated = lazy_bytes(frames)
         self._type = bytearray([MigrateType.MOVABLE]) * (-(-frames // _PAGEBLOCK))
-        self._head = blocks  # list of type t has its head at index blocks[order] + t
-        for order, n in enumerate(blocks):
-            for t in range(_TYPES):
-                self._next[order][n + t] = self._prev[order][n + t] = n + t
-        self._boot()
-
-    def _boot(self) -> None:
-        # memblock_free_all: largest blocks, ascending, each to the tail
-        whole = self.frames >> MAX_ORDER
-        if whole:
-            head = self._head[MAX_ORDER] + MigrateType.MOVABLE
-            nxt, prv = self._next[MAX_ORDER], self._prev[MAX_ORDER]
-            step = 1 << 16
-            for start in range(0, whole, step):
-                end = min(start + step, whole)
-                nxt[start:end] = _words(range(start + 1, end + 1))
-                prv[start:end] = _words(range(start - 1, end - 1)) if start else _words([0, *range(end - 1)])
-            nxt[whole - 1], prv[0] = head, head
-            nxt[head], prv[head] = 0, whole - 1
-            self._flags[MAX_ORDER][:] = bytes([_FREE]) * whole
-            self.nr_free[MAX_ORDER] = whole
-            self.free_frames = whole << MAX_ORDER
-        for pfn, order in self._blocks(whole << MAX_ORDER, self.frames - (whole << MAX_ORDER)):
-            self._add(order, pfn >> order, MigrateType.MOVABLE, tail=True)
-
-    def release(self) -> None:
-        """Let go of the arrays. The allocator is dead afterwards."""
-        self._next, self._prev, self._flags = [], [], []
-        self._allocated = memoryview(b"")
-
-    # ---- lists
-
-    def _add(self, order: int, block: int, migratetype: int, *, tail: bool) -> None:
-        nxt, prv = self._next[order], self._prev[order]
-        head = self._head[order] + migratetype
-        if tail:
-            last = prv[head]
-            nxt[block], prv[block] = head, last
-            nxt[last] = prv[head] = block
-        else:
-            first = nxt[head]
-            nxt[block], prv[block] = first, head
-            prv[first] = nxt[head] = block
-        self._flags[order][block] = _FREE
-        self.nr_free[order] += 1
-        self.free_frames += 1 << order
-
-    def _del(self, order: int, block: int) -> None:
-        nxt, prv, flags = self._next[order], self._prev[order], self._flags[order]
-        after, before = nxt[block], prv[block]
-        nxt[before] = after
-        prv[after] = before
-        if flags[block] & _REPORTED:
-            self.nr_reported[order] -= 1
-        flags[block] = 0
-        self.nr_free[order] -= 1
-        self.free_frames -= 1 << order
-
-    @staticmethod
-    def _blocks(start: int, count: int) -> Iterator[tuple[int, int]]:
-        # the aligned blocks that [start, start + count) is made of, ascending: (first frame, order)
-        while count:
-            order = min(MAX_ORDER, count.bit_length() - 1)
-            if start:
-                order = min(order, (start & -start).bit_length() - 1)
-            yield start, order
-            start += 1 << order
-            count -= 1 << order
 
     # ---- freeing
 
@@ -375,15 +257,6 @@ class Buddy:
         if free + alike >= _PAGEBLOCK // 2:
             self._type[first] = migratetype
 
-    def _move(self, order: int, block: int, migratetype: int) -> None:
-        # move_to_free_list(): to the tail, flags and counts unchanged
-        nxt, prv = self._next[order], self._prev[order]
-        nxt[prv[block]], prv[nxt[block]] = nxt[block], prv[block]
-        head = self._head[order] + migratetype
-        last = prv[head]
-        nxt[block], prv[block] = head, last
-        nxt[last] = prv[head] = block
-
     def _move_pageblock(self, start: int, migratetype: int) -> int:
         # move_freepages_block(): every free block of the pageblock to our lists; returns their frames
         frame, free = start, 0
@@ -454,31 +327,6 @@ class Buddy:
 
     # ---- for free page reporting
 
-    def first(self, order: int, migratetype: int) -> int:
-        """Return the block at the head of a list, or -1."""
-        block = self._next[order][self._head[order] + migratetype]
-        return block if block < self._head[order] else -1
-
-    def after(self, order: int, block: int) -> int:
-        """Return the block that follows, or -1 at the end of the list."""
-        block = self._next[order][block]
-        return block if block < self._head[order] else -1
-
-    def reported(self, order: int, block: int) -> bool:
-        """Whether a free block carries the Reported flag."""
-        return bool(self._flags[order][block] & _REPORTED)
-
-    def rotate_to_front(self, order: int, migratetype: int, block: int) -> None:
-        """Make a block the first of its list, keeping the circle (list_rotate_to_front)."""
-        nxt, prv = self._next[order], self._prev[order]
-        head = self._head[order] + migratetype
-        if nxt[head] == block:
-            return
-        nxt[prv[head]], prv[nxt[head]] = nxt[head], prv[head]
-        last = prv[block]
-        nxt[last] = head
-        prv[head], nxt[head], prv[block] = last, block, head
-
     def isolate(self, order: int, block: int) -> None:
         """Take a free block off its list, for reporting (__isolate_free_page without its watermark check).
 
@@ -495,19 +343,7 @@ class Buddy:
         frame = block << order
         merged = self._free_one(frame, order, self._type[frame >> PAGEBLOCK_ORDER], to_tail=True, notify=False)
         if reported and merged == order:
-            self._flags[order][block] |= _REPORTED
-            self.nr_reported[order] += 1
-
-    # ---- watching
-
-    def free_blocks(self) -> Iterator[tuple[int, int, int, bool]]:
-        """Yield (pfn, order, migratetype, reported) of every free block: by order, type, and place on the list."""
-        for order in range(_ORDERS):
-            for migratetype in range(_TYPES):
-                block = self.first(order, migratetype)
-                while block >= 0:
-                    yield self.base + (block << order), order, migratetype, self.reported(order, block)
-                    block = self.after(order, block)
+            self.flag_reported(order, block)
 
 
 def _migratetype(value: int) -> MigrateType:
@@ -515,7 +351,3 @@ def _migratetype(value: int) -> MigrateType:
         return MigrateType(value)
     except ValueError:
         raise BadValue(f"migratetype {value!r} isn't one of {', '.join(t.name for t in MigrateType)}") from None
-
-
-def _words(values: "range | list[int]") -> memoryview:
-    return memoryview(array("I", values))

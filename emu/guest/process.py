@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from emu.errors import BadValue, GuestError, OutOfMemory
-from emu.guest.buddy import PAGEBLOCK_ORDER, lazy_bytes
+from emu.guest.buddy import PAGEBLOCK_ORDER
+from emu.guest.free_area import lazy_bytes
 from emu.guest.lock import in_kernel
 from emu.guest.memory import Op
 from emu.ranges import Ranges
