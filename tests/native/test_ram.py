@@ -295,7 +295,7 @@ def test_two_closers_and_a_running_call_do_not_crash():
     """Neither returns before the memory may go."""
     done = run_python("""
         import threading, emu
-        where = [{"uffd": "off"}] + ([{"service": "inline"}, {"service": "thread"}] if emu.uffd.probe().rung else [])
+        where = [{"uffd": "off"}] + ([{"service": "auto"}, {"service": "thread"}] if emu.uffd.probe().rung else [])
         for options in where * 3:
             ram = emu.GuestRam("128MiB", **options)
             started = threading.Event()
