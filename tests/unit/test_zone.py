@@ -6,7 +6,7 @@ from emu.guest.zone import Watermarks, Zone, zone_spans, zone_watermarks
 
 
 def test_watermarks_are_the_recorded_guests():
-    """Debian 6.1, 2 GiB, THP on: shared/validation's zoneinfo, to the page."""
+    """Debian 6.1, 2 GiB, THP on: its /proc/zoneinfo, to the page."""
     assert zone_watermarks([3840, 502977], thp=True) == [Watermarks(85, 106, 127), Watermarks(11178, 13972, 16766)]
 
 
