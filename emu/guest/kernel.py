@@ -228,7 +228,6 @@ class GuestKernel:
             while count:
                 zone = self.zone_of(pfn)
                 part = min(count, max((zone.buddy.base + zone.buddy.frames - pfn) >> order, 1))
-                zone.buddy.check_blocks(pfn - zone.buddy.base, part, order)
                 if self.page_poison is None:
                     zone.pcp.free(pfn, order, part)
                 else:
@@ -239,6 +238,8 @@ class GuestKernel:
 
     def _free_poisoned(self, zone: Zone, pfn: int, order: int, count: int, byte: int) -> None:
         # kernel_poison_pages(): before the allocator has them. A frame that the host has lost is kept out of it.
+        # Checked here too, and not only by the lists: a double free must not overwrite what somebody uses.
+        zone.buddy.check_blocks(pfn - zone.buddy.base, count, order)
         frames = Ranges.of([(pfn, count << order)])
         try:
             self.memory.vcpu(Op.SET, frames, byte)
