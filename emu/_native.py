@@ -41,6 +41,9 @@ DISABLE_NAMES = {
 }
 
 
+_STATS = [ffi.string(lib.emu_stats_name(i)).decode() for i in range(lib.emu_stats_count())]
+
+
 def disabled(more: str | Iterable[str] = ()) -> frozenset[str]:
     """Return what EMU_DISABLE and `more` switch off. Raises BadValue for a name that isn't known."""
     names = set(os.environ.get("EMU_DISABLE", "").replace(" ", "").split(","))
@@ -169,6 +172,8 @@ class Region:
             return ServiceDeadError(
                 f"the fault service has died ({dead}); its missing frames are poisoned: close the RAM"
             )
+        if err == -errno.EEXIST:
+            return RangeError("a frame is named twice in one call", frames=self.frames)
         if progress is None:
             return HostError(
                 f"the kernel refused to take memory back: {os.strerror(-err)} (is some of it locked, mlock?)"
@@ -231,6 +236,32 @@ class Region:
 
     # ---- watching
 
+    def look(self, everything: bool) -> tuple[int, int] | None:
+        """Return (resident pages, pages that the kernel was asked about); None without PAGEMAP_SCAN."""
+        result = ffi.new("struct emu_look *")
+        err = self._call(lib.emu_rss_look, everything, result)
+        if err in (-errno.ENOTTY, -errno.EPERM, -errno.EACCES):
+            return None
+        if err:
+            raise HostError(f"PAGEMAP_SCAN: {os.strerror(-err)}")
+        return int(result.rss), int(result.asked)
+
+    def tally(self, ranges: Ranges, cell_frames: int, owners: int) -> "array[int]":
+        """Count all frames by cell, owner and state; see emu_states_tally."""
+        counts = array("I", bytes(4 * -(-self.frames // cell_frames) * owners * lib.EMU_NR_STATES))
+        flat = ffi.from_buffer("struct emu_range[]", ranges.flat)
+        err = self._call(
+            lib.emu_states_tally, flat, len(ranges), cell_frames, owners, ffi.from_buffer("uint32_t[]", counts)
+        )
+        if err == -errno.EINVAL:
+            raise BadValue("the ranges of a tally must ascend, and their owners be known")
+        if err:
+            raise self._failed(err, None)
+        return counts
+
+    def latency(self, which: int, histogram: Any) -> None:
+        self._call(lib.emu_latency_read, which, histogram)
+
     def states(self, gfn: int, count: int) -> bytes:
         buffer = bytearray(count)
         err = self._call(lib.emu_states_copy, gfn, count, ffi.from_buffer(buffer))
@@ -239,10 +270,9 @@ class Region:
         return bytes(buffer)
 
     def stats(self) -> dict[str, int]:
-        n = lib.emu_stats_count()
-        values = ffi.new("int64_t[]", n)
+        values = ffi.new("int64_t[]", len(_STATS))
         self._call(lib.emu_stats_read, values)
-        return {ffi.string(lib.emu_stats_name(i)).decode(): values[i] for i in range(n)}
+        return dict(zip(_STATS, values, strict=True))
 
     def events(self, cap: int) -> list[tuple[int, int, int, int, int]]:
         """Drain up to cap events: (ns, type, gfn, count, arg). One reader at a time."""

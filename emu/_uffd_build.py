@@ -23,6 +23,7 @@ SOURCES = [
     "guestcopy.c",
     "reclaim.c",
     "vcpu.c",
+    "rss.c",
     "residency.c",
 ]
 HEADERS = ["emu.h", "core.h", "uapi.h", "emu.cdef.h"]

@@ -42,13 +42,17 @@ class FrameState(enum.IntEnum):
 
 
 class Op(enum.IntEnum):
-    """What a vCPU loop does to each frame (csrc/vcpu.c). SET takes a byte, FILL and VERIFY a seed."""
+    """What a vCPU loop does to each frame (csrc/vcpu.c).
+
+    SET takes a byte, FILL and VERIFY a seed; COPY copies from the frame that is the range's key.
+    """
 
     TOUCH_READ = lib.EMU_TOUCH_READ
     TOUCH_WRITE = lib.EMU_TOUCH_WRITE
     SET = lib.EMU_SET
     FILL = lib.EMU_FILL
     VERIFY = lib.EMU_VERIFY
+    COPY = lib.EMU_COPY
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +113,8 @@ class GuestRam:
             raise BadValue(f"uffd {uffd!r} isn't known: auto, full, user or off")
         if not 1 <= fault_around <= lib.EMU_BLOCK_FRAMES or fault_around & (fault_around - 1):
             raise BadValue(f"fault_around {fault_around!r} must be a power of two from 1 to {lib.EMU_BLOCK_FRAMES}")
-        if service_cpu is not None and service_cpu not in os.sched_getaffinity(0):
-            raise BadValue(f"service_cpu {service_cpu!r} isn't one of {sorted(os.sched_getaffinity(0))}")
+        if service_cpu is not None and not 0 <= service_cpu < (os.cpu_count() or 1):
+            raise BadValue(f"service_cpu {service_cpu!r} must be from 0 to {(os.cpu_count() or 1) - 1}")
         self.fault_around = fault_around
         self.service_cpu = service_cpu
         self._mapping = RamMapping(self.size)
@@ -277,12 +281,15 @@ class GuestRam:
         self._check_bytes(gpa, memoryview(data).nbytes)
         self._core.write(gpa, data)
 
-    def install(self, gfns: Sequence[int], buffer: bytes | bytearray | memoryview) -> None:
+    def install(self, gfns: Sequence[int], buffer: bytes | bytearray | memoryview | mmap.mmap) -> None:
         """Give frames the pages in buffer (len(gfns) * 4096 bytes): missing ones without a fault (UFFDIO_COPY)."""
         if memoryview(buffer).nbytes != len(gfns) * FRAME_SIZE:
             raise BadValue(f"install of {len(gfns)} frames needs {len(gfns) * FRAME_SIZE} bytes, not {len(buffer)}")
-        Ranges.of((gfn, 1) for gfn in gfns).check(self.frames, disjoint=True)
-        self._core.install(array("Q", gfns), buffer)
+        try:
+            frames = array("Q", gfns)
+        except (TypeError, OverflowError):
+            raise BadValue("gfns must be integers of 0 or more") from None
+        self._core.install(frames, buffer)
 
     def unsafe_view(self) -> memoryview:
         """Return the raw memory. For tests and experiments: a touch may fault while Python holds its lock.
@@ -374,6 +381,40 @@ class GuestRam:
         """Return what mincore(2) says of the RAM: an upper bound, since it counts zero pages."""
         self._core.check()
         return residency.mincore_bytes(self._base, self.size)
+
+    def look(self, *, everything: bool = False) -> residency.Look:
+        """Return the RSS by the kernel as a tick can afford it: asked again where something may have changed.
+
+        In a RAM with no more than 256 MiB resident, all of it is asked about; in a larger one, the 2 MiB blocks whose
+        frames changed their state since the last look and, in rotation, others (csrc/rss.c). Without PAGEMAP_SCAN
+        (Linux 6.7), or with frames lazily freed, it is smaps, which tells LazyFree and takes 25 ns a page.
+        """
+        core = self._core
+        core.check()
+        if "pagemap_scan" not in self._off and not core.stats()["nr_lazy"] and (seen := core.look(everything)):
+            pages, asked = seen
+            return residency.Look(pages * FRAME_SIZE, 0, asked * FRAME_SIZE, "PAGEMAP_SCAN")
+        smaps = self.smaps()
+        return residency.Look(smaps.rss, smaps.lazyfree, smaps.rss, "smaps")
+
+    def latency(self, write: bool = True) -> Histogram:
+        """Return how long write (or read) faults took, as the faulting vCPU saw them, since the RAM was opened.
+
+        Each is the time of one access to a missing frame from before it to after it: kernel, service, way back, and the
+        reading of the clock. One in eight is timed, each thread's first among them.
+        """
+        histogram = Histogram()
+        self._core.latency(lib.EMU_LAT_FAULT_WRITE if write else lib.EMU_LAT_FAULT_READ, histogram.native)
+        return histogram
+
+    def tally(self, owned: Iterable[Sequence[int]], cell_frames: int, owners: int) -> "array[int]":
+        """Count frames by cell, owner and FrameState: flat, [cell][owner][state], cells of cell_frames each.
+
+        owned: (gfn, count, owner) with owners from 1 to owners - 1, ascending; frames in none are owner 0's.
+        """
+        if cell_frames < 1 or owners < 1:
+            raise BadValue(f"cells of {cell_frames!r} frames, {owners!r} owners: give 1 or more")
+        return self._core.tally(Ranges.of(owned), cell_frames, owners)
 
     @property
     def table_bytes(self) -> int:

@@ -23,7 +23,7 @@ from emu import _native
 from emu._native import ffi, lib
 from emu.errors import HostError
 
-__all__ = ["Scan", "Smaps", "mincore_bytes", "read_smaps", "rollup", "scan"]
+__all__ = ["Look", "Scan", "Smaps", "mincore_bytes", "read_smaps", "rollup", "scan"]
 
 _HEADER = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ", re.MULTILINE)
 _FIELD = re.compile(rb"^(\w+): +(\d+) kB$", re.MULTILINE)
@@ -50,6 +50,19 @@ class Scan(NamedTuple):
     @property
     def rss(self) -> int:
         return self.present - self.zeropage
+
+
+class Look(NamedTuple):
+    """Bytes by a look that a tick can afford. asked == rss: the whole figure is of now."""
+
+    rss: int
+    lazyfree: int
+    asked: int
+    source: str
+
+    @property
+    def exact(self) -> bool:
+        return self.asked >= self.rss
 
 
 def _fields(text: bytes) -> Smaps:

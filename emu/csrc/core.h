@@ -30,6 +30,7 @@
 
 #define EMU_STRIPES 16
 #define EMU_WAITQS 64
+#define EMU_LATENCY_EVERY 8 /* faults of a thread, of which one is timed */
 
 /* Counters. The first EMU_NR_STATES are gauges: frames in that state (a BUSY frame counts where it came from). */
 #define EMU_STATS(X)                                                                                                  \
@@ -54,6 +55,12 @@ struct emu_stripe {
 	_Atomic int64_t n[EMU_NR_STATS];
 } __attribute__((aligned(128)));
 
+/* A histogram that many threads add to; stats.c. */
+struct emu_latencies {
+	_Atomic uint64_t count, sum, max;
+	_Atomic uint64_t bucket[EMU_HIST_BUCKETS];
+};
+
 struct emu_waitq {
 	_Atomic uint32_t seq;
 	_Atomic uint32_t waiters;
@@ -77,6 +84,14 @@ struct emu_region {
 	_Atomic uint8_t *state;
 	_Atomic uint32_t *summary; /* a block's frames that aren't ZERO */
 	struct emu_ring *ring;
+	struct emu_latencies *latencies; /* [EMU_STRIPES][EMU_NR_LATENCIES] */
+
+	/* rss.c: per block, whether its pages may have changed since the kernel was asked, and what it said then */
+	_Atomic uint8_t *changed;
+	uint16_t *block_rss;
+	pthread_mutex_t look_lock;
+	int64_t looked_rss;
+	uint64_t look_cursor; /* block */
 
 	pthread_t thread;
 	bool have_thread;
@@ -109,6 +124,7 @@ struct emu_guard {
 struct emu_thread {
 	struct emu_guard *_Atomic guard;
 	unsigned stripe; /* 0 = not chosen yet */
+	unsigned faults; /* met by guestcopy.c */
 	/* sigbus.c */
 	uint64_t last_addr;
 	unsigned same_addr;
@@ -146,6 +162,15 @@ bool emu_state_legal(uint8_t from, uint8_t to, bool uffd);
 uint8_t emu_state_load(const struct emu_region *r, uint64_t gfn);
 bool emu_state_try(struct emu_region *r, uint64_t gfn, uint8_t from, uint8_t to);
 void emu_state_publish(struct emu_region *r, uint64_t gfn, uint8_t to); /* from BUSY, which the caller holds */
+uint64_t emu_state_claim(struct emu_region *r, uint64_t gfn, uint64_t most, uint8_t from); /* into BUSY; how many */
+void emu_state_publish_run(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t to);
+/* The states of the eight frames from gfn on, a multiple of 8, if they are all the same; else EMU_NR_STATES. */
+static inline uint8_t emu_state_load8(const struct emu_region *r, uint64_t gfn)
+{
+	uint64_t word = __atomic_load_n((const uint64_t *)(const void *)(r->state + gfn), __ATOMIC_ACQUIRE);
+
+	return word == (word & 0xff) * 0x0101010101010101u ? (uint8_t)word : EMU_NR_STATES;
+}
 void emu_state_wake(struct emu_region *r, uint64_t gfn, uint64_t count);
 void emu_state_wait(struct emu_region *r, uint64_t gfn);
 void emu_state_moved(struct emu_region *r, uint8_t from, uint8_t to, int64_t frames); /* the gauges */
@@ -155,6 +180,8 @@ long emu_futex(_Atomic uint32_t *word, int op, uint32_t val);
 void emu_stat_add(struct emu_region *r, enum emu_stat which, int64_t n);
 void emu_hist_add(struct emu_hist *h, uint64_t ns);
 void emu_hist_merge(struct emu_hist *into, const struct emu_hist *from);
+size_t emu_latencies_bytes(void);
+void emu_latency_add(struct emu_region *r, enum emu_latency which, uint64_t ns);
 uint64_t emu_now_ns(void);
 
 /* ring.c */
@@ -206,6 +233,14 @@ struct emu_walk {
 	uint64_t done;
 };
 int emu_guest_walk(struct emu_walk *w);
+
+/* rss.c */
+/* After a page of the block changed, and a full barrier. A mark that is there isn't written: vCPUs share its line. */
+static inline void emu_rss_mark(struct emu_region *r, uint64_t block)
+{
+	if (!atomic_load_explicit(&r->changed[block], memory_order_relaxed))
+		atomic_store_explicit(&r->changed[block], 1, memory_order_relaxed);
+}
 
 /* reclaim.c */
 bool emu_advise_vectored_probe(void);

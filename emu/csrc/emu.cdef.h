@@ -54,7 +54,8 @@ enum emu_state { EMU_ZERO, EMU_ZEROMAP, EMU_RESIDENT, EMU_LAZY, EMU_BUSY, EMU_LO
 enum emu_service { EMU_SERVICE_OFF, EMU_SERVICE_INLINE, EMU_SERVICE_THREAD, ... };
 enum emu_rung { EMU_RUNG_OFF, EMU_RUNG_USER, EMU_RUNG_FULL, ... };
 enum emu_door { EMU_DOOR_NONE, EMU_DOOR_SYSCALL, EMU_DOOR_DEVICE, ... };
-enum emu_op { EMU_TOUCH_READ, EMU_TOUCH_WRITE, EMU_SET, EMU_FILL, EMU_VERIFY, ... };
+enum emu_op { EMU_TOUCH_READ, EMU_TOUCH_WRITE, EMU_SET, EMU_FILL, EMU_VERIFY, EMU_COPY, ... };
+enum emu_latency { EMU_LAT_FAULT_WRITE, EMU_LAT_FAULT_READ, EMU_NR_LATENCIES, ... };
 enum emu_event_type { EMU_EV_DISCARD, EMU_EV_LAZY_FREE, EMU_EV_LAZY_DROP, EMU_EV_POISON, EMU_EV_LOST_FAULT,
 	EMU_EV_SERVICE_DIED, EMU_EV_FAULT, ... };
 
@@ -71,6 +72,7 @@ struct emu_vcpu_job {
 };
 struct emu_event { uint64_t ns; uint64_t gfn; uint32_t count; uint16_t type; uint16_t arg; };
 struct emu_residency { int64_t present, zeropage, swapped, huge; };
+struct emu_look { int64_t rss, asked; };
 struct emu_region;
 
 /* uffd.c */
@@ -94,9 +96,12 @@ int64_t emu_region_table_bytes(struct emu_region *r);
 
 /* state.c, stats.c, ring.c, sigbus.c */
 int emu_states_copy(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret);
+int emu_states_tally(struct emu_region *r, const struct emu_range *ranges, size_t n, uint64_t cell_frames,
+	int owners, uint32_t *ret);
 int emu_stats_count(void);
 const char *emu_stats_name(int i);
 int emu_stats_read(struct emu_region *r, int64_t *ret);
+int emu_latency_read(struct emu_region *r, int which, struct emu_hist *ret);
 uint64_t emu_hist_floor(int bucket);
 int64_t emu_ring_drain(struct emu_region *r, struct emu_event *ret, size_t cap);
 int emu_ring_trace_faults(struct emu_region *r, int on);
@@ -116,6 +121,7 @@ int emu_guest_install(struct emu_region *r, const uint64_t *gfns, size_t n, cons
 int emu_vcpu_run(struct emu_region *r, const struct emu_range *ranges, size_t n, struct emu_vcpu_job *job);
 void emu_content_words(uint64_t seed, uint64_t key, uint64_t *ret);
 
-/* residency.c */
+/* rss.c, residency.c */
+int emu_rss_look(struct emu_region *r, int everything, struct emu_look *ret);
 int emu_residency_scan(uint64_t start, uint64_t len, struct emu_residency *ret);
 int64_t emu_residency_mincore(uint64_t start, uint64_t len);

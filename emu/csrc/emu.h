@@ -99,9 +99,19 @@ int emu_region_vectored(struct emu_region *r); /* discards many ranges in one sy
 /* ---- state.c, stats.c -------------------------------------------------------------------------------------- */
 
 int emu_states_copy(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret);
+/*
+ * Count all frames by cell, owner and state: ret[cell][owner][state], zeroed by the caller, cells of cell_frames each.
+ * A range's key is its owner, 1 .. owners - 1; frames in no range are owner 0's. The ranges ascend and don't overlap.
+ */
+int emu_states_tally(struct emu_region *r, const struct emu_range *ranges, size_t n, uint64_t cell_frames,
+                     int owners, uint32_t *ret);
 int emu_stats_count(void);
 const char *emu_stats_name(int i);
 int emu_stats_read(struct emu_region *r, int64_t *ret); /* emu_stats_count() values */
+/* How long faults took, as the faulting thread saw it, since the region was opened. */
+enum emu_latency { EMU_LAT_FAULT_WRITE, EMU_LAT_FAULT_READ, EMU_NR_LATENCIES };
+struct emu_hist;
+int emu_latency_read(struct emu_region *r, int which, struct emu_hist *ret);
 
 /* ---- reclaim.c --------------------------------------------------------------------------------------------- */
 
@@ -126,7 +136,7 @@ struct emu_progress {
 
 int emu_guest_read(struct emu_region *r, uint64_t gpa, void *buf, uint64_t n, struct emu_progress *ret);
 int emu_guest_write(struct emu_region *r, uint64_t gpa, const void *buf, uint64_t n, struct emu_progress *ret);
-/* Whole frames from buf, in the order of the gfns: missing ones are installed, not faulted. */
+/* Whole frames from buf, in the order of the gfns: missing ones are installed, not faulted. -EEXIST: one comes twice. */
 int emu_guest_install(struct emu_region *r, const uint64_t *gfns, size_t n, const void *buf,
                       struct emu_progress *ret);
 
@@ -138,6 +148,7 @@ enum emu_op {
 	EMU_SET,         /* every byte = arg */
 	EMU_FILL,        /* 512 words seeded by (arg, key) */
 	EMU_VERIFY,      /* compare with EMU_FILL's */
+	EMU_COPY,        /* the bytes of the frame whose number is the key */
 	EMU_NR_OPS
 };
 
@@ -180,6 +191,14 @@ int emu_ring_trace_faults(struct emu_region *r, int on);
 /* ---- sigbus.c ---------------------------------------------------------------------------------------------- */
 
 int emu_sigbus_is_ours(void);
+
+/* ---- rss.c: what the kernel says of a region, asked again only where something may have changed --------------- */
+
+struct emu_look {
+	int64_t rss;   /* pages of its own (present and not the shared zero page) */
+	int64_t asked; /* resident pages that the kernel was asked about just now; == rss: the figure is all of now */
+};
+int emu_rss_look(struct emu_region *r, int everything, struct emu_look *ret); /* -ENOTTY before 6.7 */
 
 /* ---- residency.c: what the kernel says of any range of this process --------------------------------------- */
 

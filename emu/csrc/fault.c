@@ -49,8 +49,8 @@ int emu_fault_fill(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t p
 		err = emu_uffd_fill(r->uffd, how, (uintptr_t)emu_frame(r, gfn), from, (end - gfn) << EMU_FRAME_SHIFT,
 		                    false, &bytes, &eagain);
 		n = bytes >> EMU_FRAME_SHIFT;
-		for (uint64_t g = gfn; g < gfn + n; g++)
-			emu_state_publish(r, g, filled);
+		if (n)
+			emu_state_publish_run(r, gfn, n, filled);
 		emu_state_moved(r, prior, filled, (int64_t)n);
 		if (prior == EMU_LAZY && n)
 			emu_stat_add(r, EMU_STAT_lazydrop_frames, (int64_t)n);
@@ -70,13 +70,11 @@ int emu_fault_fill(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t p
 				err = 0;
 				continue;
 			}
-			for (uint64_t g = gfn + 1; g < end; g++)
-				emu_state_publish(r, g, prior);
+			emu_state_publish_run(r, gfn + 1, end - gfn - 1, prior);
 			break;
 		}
 		if (err) {
-			for (uint64_t g = gfn; g < end; g++)
-				emu_state_publish(r, g, prior);
+			emu_state_publish_run(r, gfn, end - gfn, prior);
 			break;
 		}
 	}
@@ -123,8 +121,7 @@ static void claim_around(struct emu_region *r, uint64_t gfn, uint64_t *first, ui
 	while (*first > lo && emu_state_load(r, *first - 1) == EMU_ZERO &&
 	       emu_state_try(r, *first - 1, EMU_ZERO, EMU_BUSY))
 		--*first;
-	while (*end < hi && emu_state_load(r, *end) == EMU_ZERO && emu_state_try(r, *end, EMU_ZERO, EMU_BUSY))
-		++*end;
+	*end += emu_state_claim(r, *end, hi - *end, EMU_ZERO);
 }
 
 /* Returns 0 when the access may be tried again, else -errno: it can't succeed. */
@@ -161,7 +158,6 @@ int emu_fault_resolve(struct emu_region *r, uint64_t gfn, bool write)
 			emu_stat_add(r, EMU_STAT_pgfault_failed, 1);
 			return err;
 		}
-		emu_stat_add(r, EMU_STAT_pgfault, 1);
 		emu_stat_add(r, write ? EMU_STAT_pgfault_write : EMU_STAT_pgfault_read, 1);
 		if (emu_ring_traces_faults(r))
 			emu_ring_push(r, EMU_EV_FAULT, gfn, done, write);
@@ -175,15 +171,12 @@ int emu_fault_resolve(struct emu_region *r, uint64_t gfn, bool write)
  */
 int64_t emu_fault_install(struct emu_region *r, uint64_t gfn, uint64_t count, const void *src)
 {
-	uint64_t n = 0, done;
+	uint64_t n, done;
 	int err;
 
 	if (r->uffd < 0)
 		return 0;
-	if (count > EMU_BLOCK_FRAMES)
-		count = EMU_BLOCK_FRAMES;
-	while (n < count && emu_state_load(r, gfn + n) == EMU_ZERO && emu_state_try(r, gfn + n, EMU_ZERO, EMU_BUSY))
-		n++;
+	n = emu_state_claim(r, gfn, count < EMU_BLOCK_FRAMES ? count : EMU_BLOCK_FRAMES, EMU_ZERO);
 	if (!n)
 		return 0;
 	err = emu_fault_fill(r, gfn, n, EMU_ZERO, true, src, &done);

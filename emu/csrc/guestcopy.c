@@ -26,9 +26,13 @@
 #define _GNU_SOURCE
 #include "core.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #define barrier() atomic_signal_fence(memory_order_seq_cst)
+
+#define TOUCH_RUN 32 /* frames, a multiple of 8 */
+#define AHEAD 8       /* frames; past the end of the RAM there is a guard, and a prefetch doesn't fault */
 
 #define WORDS (EMU_FRAME_SIZE / sizeof(uint64_t))
 
@@ -56,10 +60,10 @@ void emu_content_words(uint64_t seed, uint64_t key, uint64_t *ret)
 
 static bool writes(int op)
 {
-	return op == EMU_TOUCH_WRITE || op == EMU_SET || op == EMU_FILL;
+	return op == EMU_TOUCH_WRITE || op == EMU_SET || op == EMU_FILL || op == EMU_COPY;
 }
 
-/* Before an access: returns 0, or an error if the frame is known to be lost. */
+/* Before an access: returns 0, 1 if the books were changed by it, or an error if the frame is known to be lost. */
 static int note(struct emu_region *r, uint64_t gfn, bool write)
 {
 	for (;;) {
@@ -79,7 +83,6 @@ static int note(struct emu_region *r, uint64_t gfn, bool write)
 			if (r->uffd >= 0)
 				return 0;
 			to = write ? EMU_RESIDENT : EMU_ZEROMAP;
-			emu_stat_add(r, EMU_STAT_pgfault, 1);
 			emu_stat_add(r, write ? EMU_STAT_pgfault_write : EMU_STAT_pgfault_read, 1);
 			break;
 		case EMU_BUSY:
@@ -92,9 +95,16 @@ static int note(struct emu_region *r, uint64_t gfn, bool write)
 		}
 		if (emu_state_try(r, gfn, state, to)) {
 			emu_state_moved(r, state, to, 1);
-			return 0;
+			return 1;
 		}
 	}
+}
+
+/* After an access whose note changed the books: a page has come without a fault, and rss.c must learn of it. */
+static void mark(struct emu_region *r, uint64_t gfn)
+{
+	atomic_thread_fence(memory_order_seq_cst);
+	emu_rss_mark(r, gfn / EMU_BLOCK_FRAMES);
 }
 
 /* After an access: true if the books still tell what the access did. */
@@ -117,7 +127,20 @@ static bool noted(struct emu_region *r, uint64_t gfn, bool write)
 	}
 }
 
-EMU_GUEST_BYTES static bool access_frame(uint8_t *frame, int op, uint64_t arg, uint64_t key)
+EMU_GUEST_BYTES static void copy_bytes(uint8_t *to, const uint8_t *from, size_t n)
+{
+#if defined(__SANITIZE_THREAD__)
+	for (size_t i = 0; i < n; i++) /* memcpy's interceptor would check guest bytes */
+		((volatile uint8_t *)to)[i] = ((const volatile uint8_t *)from)[i];
+#else
+	if (to == from) /* a copy onto itself stores nothing, and the books say that it did */
+		__atomic_fetch_or(to, 0, __ATOMIC_RELAXED);
+	memmove(to, from, n); /* the buffer may be guest memory, too */
+#endif
+}
+
+/* source: of EMU_COPY, else NULL. False: a frame that was to be verified differs. */
+EMU_GUEST_BYTES static bool access_frame(uint8_t *frame, int op, uint64_t arg, uint64_t key, const uint8_t *source)
 {
 	uint64_t *words = (uint64_t *)frame;
 	uint64_t word, differ = 0;
@@ -142,55 +165,150 @@ EMU_GUEST_BYTES static bool access_frame(uint8_t *frame, int op, uint64_t arg, u
 		for (size_t i = 0; i < WORDS; i++)
 			differ |= words[i] ^ (word + i * STEP);
 		break;
+	case EMU_COPY:
+		copy_bytes(frame, source, EMU_FRAME_SIZE);
+		break;
 	default:
 		break;
 	}
 	return !differ;
 }
 
+/*
+ * One access to a frame, noted before and after; returns 0, or an error with the frame in guard.  `first` says that the
+ * frame was missing a moment ago: then one byte is touched by itself, and some of the times timed, so that what a fault
+ * costs is known and the rest of the access isn't part of it.
+ */
+static int touch_frame(struct emu_guard *guard, struct emu_region *r, uint64_t gfn, bool write, bool first)
+{
+	const bool timed = first && emu_thread.faults++ % EMU_LATENCY_EVERY == 0;
+	uint64_t t0 = timed ? emu_now_ns() : 0;
+	int changed;
+
+	do {
+		changed = note(r, gfn, write);
+		if (changed < 0) {
+			guard->err = changed;
+			guard->gfn = gfn;
+			return changed;
+		}
+		barrier();
+		access_frame(emu_frame(r, gfn), write ? EMU_TOUCH_WRITE : EMU_TOUCH_READ, 0, 0, NULL);
+		barrier();
+		if (changed)
+			mark(r, gfn);
+	} while (!noted(r, gfn, write));
+	if (timed)
+		emu_latency_add(r, write ? EMU_LAT_FAULT_WRITE : EMU_LAT_FAULT_READ, emu_now_ns() - t0);
+	return 0;
+}
+
+static uint64_t resident_run(const struct emu_region *r, uint64_t gfn, uint64_t count)
+{
+	uint64_t n = 0;
+
+	while (count - n >= 8 && emu_state_load8(r, gfn + n) == EMU_RESIDENT)
+		n += 8;
+	return n;
+}
+
+/*
+ * A run of frames from gfn on that are all RESIDENT before and after being touched: nothing to note, and nothing that
+ * the books must learn.  Returns how many; the caller goes on one by one.
+ *
+ * One load or store in a loop, and not eight unrolled: the prefetcher goes by the instruction's address and stride.  An
+ * atomic OR waits for its line before the next one starts, so lines are asked for ahead of it.
+ */
+EMU_GUEST_BYTES static uint64_t touch_resident(const struct emu_region *r, uint64_t gfn, uint64_t count, bool write)
+{
+	const uint64_t n = gfn % 8 ? 0 : resident_run(r, gfn, count < TOUCH_RUN ? count : TOUCH_RUN);
+	const uint8_t *end = emu_frame(r, gfn + n);
+
+	if (write)
+		for (uint8_t *frame = emu_frame(r, gfn); frame < end; frame += EMU_FRAME_SIZE) {
+			__builtin_prefetch(frame + AHEAD * EMU_FRAME_SIZE, 1);
+			__atomic_fetch_or(frame, 0, __ATOMIC_RELAXED);
+		}
+	else
+		for (const uint8_t *frame = emu_frame(r, gfn); frame < end; frame += EMU_FRAME_SIZE)
+			(void)*(const volatile uint8_t *)frame;
+	barrier();
+	return n ? resident_run(r, gfn, n) : 0;
+}
+
+static int walk_frame(struct emu_walk *w, uint64_t gfn, uint64_t key)
+{
+	struct emu_region *r = w->r;
+	const bool write = writes(w->op), copies = w->op == EMU_COPY;
+	const bool first = emu_state_load(r, gfn) == EMU_ZERO;
+	int err = 0;
+	bool good;
+
+	if (copies)
+		err = touch_frame(&w->guard, r, key, false, emu_state_load(r, key) == EMU_ZERO);
+	if (err)
+		return err;
+	if (first || w->op == EMU_TOUCH_WRITE || w->op == EMU_TOUCH_READ) {
+		err = touch_frame(&w->guard, r, gfn, write, first);
+		if (err || w->op == EMU_TOUCH_WRITE || w->op == EMU_TOUCH_READ)
+			return err;
+	}
+	do {
+		int changed = note(r, gfn, write);
+
+		if (changed < 0) {
+			w->guard.err = changed;
+			w->guard.gfn = gfn;
+			return changed;
+		}
+		barrier();
+		good = access_frame(emu_frame(r, gfn), w->op, w->arg, key, copies ? emu_frame(r, key) : NULL);
+		barrier();
+		if (changed)
+			mark(r, gfn);
+	} while (!noted(r, gfn, write) || (copies && !noted(r, key, false)));
+	if (!good) {
+		if (w->bad_count < w->bad_cap)
+			w->bad[w->bad_count] = gfn;
+		w->bad_count++;
+	}
+	return 0;
+}
+
 static void walk(struct emu_walk *w)
 {
 	struct emu_region *r = w->r;
-	const bool write = writes(w->op);
+	const bool touches = (w->op == EMU_TOUCH_WRITE || w->op == EMU_TOUCH_READ) && !w->hist;
 	uint64_t skip = w->skip;
 
 	for (size_t i = 0; i < w->n && w->left; i++) {
 		const struct emu_range *range = &w->ranges[i];
+		uint64_t k = skip, end = range->count;
 
 		if (skip >= range->count) {
 			skip -= range->count;
 			continue;
 		}
-		for (uint64_t k = skip; k < range->count && w->left; k++) {
-			uint64_t gfn = range->gfn + k, t0 = 0;
-			bool good;
-			int err;
+		skip = 0;
+		if (w->left < end - k)
+			end = k + w->left;
+		while (k < end) {
+			uint64_t n = touches ? touch_resident(r, range->gfn + k, end - k, w->op == EMU_TOUCH_WRITE) : 0;
 
-			if (w->hist)
-				t0 = emu_now_ns();
-			do {
-				err = note(r, gfn, write);
-				if (err) {
-					w->guard.err = err;
-					w->guard.gfn = gfn;
+			if (!n) {
+				uint64_t t0 = w->hist ? emu_now_ns() : 0;
+
+				if (walk_frame(w, range->gfn + k, range->key + k))
 					return;
-				}
-				barrier();
-				good = access_frame(emu_frame(r, gfn), w->op, w->arg, range->key + k);
-				barrier();
-			} while (!noted(r, gfn, write));
-			if (w->hist)
-				emu_hist_add(w->hist, emu_now_ns() - t0);
-			if (!good) {
-				if (w->bad_count < w->bad_cap)
-					w->bad[w->bad_count] = gfn;
-				w->bad_count++;
+				if (w->hist)
+					emu_hist_add(w->hist, emu_now_ns() - t0);
+				n = 1;
 			}
-			w->done++;
-			w->left--;
+			k += n;
+			w->done += n;
+			w->left -= n;
 			barrier();
 		}
-		skip = 0;
 	}
 }
 
@@ -222,18 +340,6 @@ struct copy {
 	uint64_t done;
 };
 
-EMU_GUEST_BYTES static void copy_bytes(uint8_t *to, const uint8_t *from, size_t n)
-{
-#if defined(__SANITIZE_THREAD__)
-	for (size_t i = 0; i < n; i++) /* memcpy's interceptor would check guest bytes */
-		((volatile uint8_t *)to)[i] = ((const volatile uint8_t *)from)[i];
-#else
-	if (to == from) /* a copy onto itself stores nothing, and the books say that it did */
-		__atomic_fetch_or(to, 0, __ATOMIC_RELAXED);
-	memmove(to, from, n); /* the buffer may be guest memory, too */
-#endif
-}
-
 static void copy(struct copy *c)
 {
 	struct emu_region *r = c->r;
@@ -243,7 +349,7 @@ static void copy(struct copy *c)
 		uint64_t n = EMU_FRAME_SIZE - off < c->left ? EMU_FRAME_SIZE - off : c->left;
 		uint8_t *at = emu_frame(r, gfn) + off;
 		int64_t installed = 0;
-		int err;
+		int changed;
 
 		if (c->install && n == EMU_FRAME_SIZE && emu_state_load(r, gfn) == EMU_ZERO)
 			installed = emu_fault_install(r, gfn, c->left >> EMU_FRAME_SHIFT, c->buf);
@@ -254,10 +360,12 @@ static void copy(struct copy *c)
 			c->guard.gfn = gfn;
 			return;
 		} else {
+			if (emu_state_load(r, gfn) == EMU_ZERO && touch_frame(&c->guard, r, gfn, c->write, true))
+				return;
 			do {
-				err = note(r, gfn, c->write);
-				if (err) {
-					c->guard.err = err;
+				changed = note(r, gfn, c->write);
+				if (changed < 0) {
+					c->guard.err = changed;
 					c->guard.gfn = gfn;
 					return;
 				}
@@ -267,6 +375,8 @@ static void copy(struct copy *c)
 				else
 					copy_bytes(c->buf, at, n);
 				barrier();
+				if (changed)
+					mark(r, gfn);
 			} while (!noted(r, gfn, c->write));
 		}
 		c->gpa += n;
@@ -331,13 +441,46 @@ int emu_guest_write(struct emu_region *r, uint64_t gpa, const void *buf, uint64_
 	return copy_range(r, gpa, (void *)(uintptr_t)buf, n, true, ret);
 }
 
+static int by_number(const void *a, const void *b)
+{
+	const uint64_t *x = a, *y = b;
+
+	return *x < *y ? -1 : *x > *y;
+}
+
+/* Whether no number comes twice. In ascending order, as mostly, that is seen at once. */
+static int distinct(const uint64_t *gfns, size_t n)
+{
+	uint64_t *sorted;
+	size_t i;
+
+	for (i = 1; i < n && gfns[i] > gfns[i - 1]; i++)
+		;
+	if (i >= n)
+		return 0;
+	sorted = malloc(n * sizeof(*sorted));
+	if (!sorted)
+		return -ENOMEM;
+	memcpy(sorted, gfns, n * sizeof(*sorted));
+	qsort(sorted, n, sizeof(*sorted), by_number);
+	for (i = 1; i < n && sorted[i] != sorted[i - 1]; i++)
+		;
+	free(sorted);
+	return i < n ? -EEXIST : 0;
+}
+
 int emu_guest_install(struct emu_region *r, const uint64_t *gfns, size_t n, const void *buf,
                       struct emu_progress *ret)
 {
+	int unfit;
+
 	*ret = (struct emu_progress){ 0 };
 	for (size_t i = 0; i < n; i++)
 		if (!emu_range_ok(r, gfns[i], 1))
 			return -ERANGE;
+	unfit = distinct(gfns, n);
+	if (unfit)
+		return unfit;
 	for (size_t i = 0, run; i < n; i += run) {
 		struct emu_progress part;
 		int err;

@@ -3,7 +3,7 @@
  * region.c - a guest RAM as the core holds it, and the registry by which a fault finds its region.
  *
  * The memory is mapped by the caller (Python's mmap) and lent to us until emu_region_close().  Our tables (a state
- * byte a frame, a summary word a block, the event ring) lie in one lazily populated mapping: a 1 TiB guest has
+ * byte a frame, a summary word a block, the event ring, latencies) lie in one lazily populated mapping: a 1 TiB guest has
  * 257 MiB of them and pays for the pages that its faults touch.
  *
  * The registry is read by the SIGBUS handler, so it takes no lock: a slot is claimed and cleared by storing one
@@ -165,11 +165,16 @@ const uint8_t *emu_zero_source(void)
 	return zero_source;
 }
 
+static size_t pages(size_t bytes)
+{
+	return (bytes + 4095) & ~(size_t)4095;
+}
+
 int emu_region_open(void *base, uint64_t frames, const struct emu_region_options *o, struct emu_region **ret)
 {
 	static pthread_once_t once = PTHREAD_ONCE_INIT;
 	uint64_t blocks = (frames + EMU_BLOCK_FRAMES - 1) / EMU_BLOCK_FRAMES;
-	size_t ring_at, summary_at;
+	size_t ring_at, latencies_at, block_rss_at, changed_at, summary_at;
 	struct emu_region *r;
 	int err;
 
@@ -192,10 +197,14 @@ int emu_region_open(void *base, uint64_t frames, const struct emu_region_options
 	r->vectored = !(o->disable & EMU_NO_PROCESS_MADVISE) && emu_advise_vectored_probe();
 	r->fault_around = o->fault_around;
 	r->stop_fd = -1;
+	pthread_mutex_init(&r->look_lock, NULL);
 
 	ring_at = 0;
-	summary_at = (emu_ring_bytes() + 4095) & ~(size_t)4095;
-	r->tables_len = summary_at + ((blocks * sizeof(*r->summary) + 4095) & ~(size_t)4095) + frames;
+	latencies_at = ring_at + pages(emu_ring_bytes());
+	block_rss_at = latencies_at + pages(emu_latencies_bytes());
+	changed_at = block_rss_at + pages(blocks * sizeof(*r->block_rss));
+	summary_at = changed_at + pages(blocks);
+	r->tables_len = summary_at + pages(blocks * sizeof(*r->summary)) + frames;
 	r->tables = mmap(NULL, r->tables_len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (r->tables == MAP_FAILED) {
 		err = -errno;
@@ -205,6 +214,9 @@ int emu_region_open(void *base, uint64_t frames, const struct emu_region_options
 	madvise(r->tables, r->tables_len, MADV_DONTFORK);
 	r->ring = (struct emu_ring *)(r->tables + ring_at);
 	emu_ring_init(r->ring);
+	r->latencies = (struct emu_latencies *)(r->tables + latencies_at);
+	r->block_rss = (uint16_t *)(r->tables + block_rss_at);
+	r->changed = (_Atomic uint8_t *)(r->tables + changed_at);
 	r->summary = (_Atomic uint32_t *)(r->tables + summary_at);
 	r->state = (_Atomic uint8_t *)(r->tables + r->tables_len - frames);
 	r->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC); /* -1: lazy_drop asks mincore */
@@ -294,16 +306,16 @@ int emu_region_vectored(struct emu_region *r)
 int64_t emu_region_table_bytes(struct emu_region *r)
 {
 	struct emu_residency res;
-	int64_t pages;
+	int64_t present;
 	int err = emu_region_enter(r);
 
 	if (err)
 		return err;
 	/* present, less the shared zero page that reading an unpopulated table maps */
-	if (!emu_residency_scan((uintptr_t)r->tables, (r->tables_len + 4095) & ~(size_t)4095, &res))
-		pages = res.present - res.zeropage;
+	if (!emu_residency_scan((uintptr_t)r->tables, pages(r->tables_len), &res))
+		present = res.present - res.zeropage;
 	else
-		pages = emu_residency_mincore((uintptr_t)r->tables, (r->tables_len + 4095) & ~(size_t)4095);
+		present = emu_residency_mincore((uintptr_t)r->tables, pages(r->tables_len));
 	emu_region_leave(r);
-	return (pages < 0 ? 0 : pages << EMU_FRAME_SHIFT) + (int64_t)sizeof(*r);
+	return (present < 0 ? 0 : present << EMU_FRAME_SHIFT) + (int64_t)sizeof(*r);
 }

@@ -123,7 +123,6 @@ static void serve(struct emu_region *r, struct fault *faults, size_t n)
 			continue;
 		}
 		emu_fault_fill(r, faults[i].gfn, run, EMU_ZERO, faults[i].write, NULL, &done);
-		emu_stat_add(r, EMU_STAT_pgfault, (int64_t)done);
 		emu_stat_add(r, faults[i].write ? EMU_STAT_pgfault_write : EMU_STAT_pgfault_read, (int64_t)done);
 		if (done && emu_ring_traces_faults(r))
 			emu_ring_push(r, EMU_EV_FAULT, faults[i].gfn, done, faults[i].write);

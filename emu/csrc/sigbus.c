@@ -350,15 +350,24 @@ static void on_sigbus(int sig, siginfo_t *si, void *context)
 
 	if (si->si_code > 0) {
 		uint64_t addr = (uintptr_t)si->si_addr, gfn = 0;
-		struct emu_region *r = emu_registry_get(addr, &gfn);
+		struct emu_guard *guard = atomic_load_explicit(&emu_thread.guard, memory_order_relaxed);
+		struct emu_region *r = guard ? guard->region : NULL;
+		bool registered = false;
 
+		/* A call of ours on that region is under way and keeps it: nothing that vCPUs share needs to be written. */
+		if (r && addr - (uintptr_t)r->base < r->frames << EMU_FRAME_SHIFT) {
+			gfn = (addr - (uintptr_t)r->base) >> EMU_FRAME_SHIFT;
+		} else {
+			r = emu_registry_get(addr, &gfn);
+			registered = r;
+		}
 		emu_thread.let_go = 0;
 		emu_thread.chaining = 0; /* a former that jumped out of the last one has left it set */
 		if (r) {
-			struct emu_guard *guard = atomic_load_explicit(&emu_thread.guard, memory_order_relaxed);
 			int err = serve(r, addr, gfn, si, uc);
 
-			emu_registry_put(r);
+			if (registered)
+				emu_registry_put(r);
 			if (!err) {
 				errno = saved_errno;
 				return;

@@ -79,6 +79,62 @@ bool emu_state_try(struct emu_region *r, uint64_t gfn, uint8_t from, uint8_t to)
 	return true;
 }
 
+/* The end of gfn's block, or `end` if that comes first. */
+static uint64_t in_block(uint64_t gfn, uint64_t end)
+{
+	uint64_t next = (gfn / EMU_BLOCK_FRAMES + 1) * EMU_BLOCK_FRAMES;
+
+	return next < end ? next : end;
+}
+
+static uint64_t bytes8(uint8_t state)
+{
+	return state * (uint64_t)0x0101010101010101;
+}
+
+static uint64_t *word8(const struct emu_region *r, uint64_t gfn)
+{
+	return (uint64_t *)(void *)(r->state + gfn);
+}
+
+/*
+ * Take frames from gfn on, as many in a row as are in state `from` and at most `most`, into BUSY; return how many.
+ *
+ * Eight at a time where they lie in one word: a compare-and-swap over eight bytes is one over each of them, and the
+ * hardware orders it with those of single bytes, since both lock the same cache line.  A word whose frames differ, or
+ * that somebody changes meanwhile, is left to the single steps.
+ */
+uint64_t emu_state_claim(struct emu_region *r, uint64_t gfn, uint64_t most, uint8_t from)
+{
+	const uint64_t start = gfn, end = gfn + most;
+
+	assert(emu_state_legal(from, EMU_BUSY, r->service != EMU_SERVICE_OFF));
+	while (gfn < end) {
+		const uint64_t first = gfn, last = in_block(gfn, end);
+
+		while (gfn < last) {
+			uint64_t word = bytes8(from);
+			uint8_t byte = from;
+
+			if (gfn % 8 == 0 && last - gfn >= 8 &&
+			    __atomic_compare_exchange_n(word8(r, gfn), &word, bytes8(EMU_BUSY), false, __ATOMIC_ACQ_REL,
+			                                __ATOMIC_RELAXED)) {
+				gfn += 8;
+				continue;
+			}
+			if (!atomic_compare_exchange_strong_explicit(&r->state[gfn], &byte, EMU_BUSY, memory_order_acq_rel,
+			                                             memory_order_relaxed))
+				break;
+			gfn++;
+		}
+		if (from == EMU_ZERO && gfn > first)
+			summary_add(r, first, (uint32_t)(gfn - first));
+		if (gfn < last)
+			break;
+	}
+	return gfn - start;
+}
+
 void emu_state_publish(struct emu_region *r, uint64_t gfn, uint8_t to)
 {
 	assert(atomic_load_explicit(&r->state[gfn], memory_order_relaxed) == EMU_BUSY);
@@ -86,6 +142,29 @@ void emu_state_publish(struct emu_region *r, uint64_t gfn, uint8_t to)
 	if (to == EMU_ZERO)
 		summary_add(r, gfn, -1u);
 	atomic_store_explicit(&r->state[gfn], to, memory_order_release);
+}
+
+/* The same for frames [gfn, gfn + count), all of which the caller holds. */
+void emu_state_publish_run(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t to)
+{
+	const uint64_t end = gfn + count;
+
+	assert(emu_state_legal(EMU_BUSY, to, true));
+	while (gfn < end) {
+		const uint64_t last = in_block(gfn, end);
+
+		if (to == EMU_ZERO)
+			summary_add(r, gfn, -(uint32_t)(last - gfn));
+		while (gfn < last) {
+			assert(atomic_load_explicit(&r->state[gfn], memory_order_relaxed) == EMU_BUSY);
+			if (gfn % 8 == 0 && last - gfn >= 8) {
+				__atomic_store_n(word8(r, gfn), bytes8(to), __ATOMIC_RELEASE);
+				gfn += 8;
+			} else {
+				atomic_store_explicit(&r->state[gfn++], to, memory_order_release);
+			}
+		}
+	}
 }
 
 long emu_futex(_Atomic uint32_t *word, int op, uint32_t val)
@@ -98,7 +177,10 @@ static struct emu_waitq *waitq(struct emu_region *r, uint64_t gfn)
 	return &r->waitq[(gfn / EMU_BLOCK_FRAMES) % EMU_WAITQS];
 }
 
-/* After publishing frames [gfn, gfn + count). */
+/*
+ * After publishing frames [gfn, gfn + count): wake who waits for them, and tell rss.c that their pages have changed.  The
+ * fence serves both: between the byte and the look for waiters, and between the page and the look at the block's mark.
+ */
 void emu_state_wake(struct emu_region *r, uint64_t gfn, uint64_t count)
 {
 	uint64_t last = (gfn + count - 1) / EMU_BLOCK_FRAMES;
@@ -107,6 +189,7 @@ void emu_state_wake(struct emu_region *r, uint64_t gfn, uint64_t count)
 	for (uint64_t block = gfn / EMU_BLOCK_FRAMES; block <= last; block++) {
 		struct emu_waitq *q = &r->waitq[block % EMU_WAITQS];
 
+		emu_rss_mark(r, block);
 		if (!atomic_load_explicit(&q->waiters, memory_order_relaxed))
 			continue;
 		atomic_fetch_add_explicit(&q->seq, 1, memory_order_seq_cst);
@@ -133,8 +216,11 @@ void emu_state_moved(struct emu_region *r, uint8_t from, uint8_t to, int64_t fra
 {
 	if (from == to || !frames)
 		return;
-	emu_stat_add(r, (enum emu_stat)(EMU_STAT_nr_zero + from), -frames);
-	emu_stat_add(r, (enum emu_stat)(EMU_STAT_nr_zero + to), frames);
+	/* ZERO's own is what the others leave of the whole, and is worked out when it is read */
+	if (from != EMU_ZERO)
+		emu_stat_add(r, (enum emu_stat)(EMU_STAT_nr_zero + from), -frames);
+	if (to != EMU_ZERO)
+		emu_stat_add(r, (enum emu_stat)(EMU_STAT_nr_zero + to), frames);
 }
 
 int emu_states_copy(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret)
@@ -158,6 +244,70 @@ int emu_states_copy(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t 
 		for (; gfn < next; gfn++)
 			*ret++ = emu_state_load(r, gfn);
 	}
+	emu_region_leave(r);
+	return 0;
+}
+
+static void tally_run(const struct emu_region *r, uint64_t gfn, uint64_t end, uint32_t *ret)
+{
+	while (gfn < end) {
+		const uint64_t last = in_block(gfn, end);
+
+		if (!atomic_load_explicit(&r->summary[gfn / EMU_BLOCK_FRAMES], memory_order_acquire)) {
+			ret[EMU_ZERO] += (uint32_t)(last - gfn);
+			gfn = last;
+			continue;
+		}
+		while (gfn < last) {
+			uint8_t state = gfn % 8 == 0 && last - gfn >= 8 ? emu_state_load8(r, gfn) : EMU_NR_STATES;
+
+			if (state < EMU_NR_STATES) {
+				ret[state] += 8;
+				gfn += 8;
+			} else {
+				ret[emu_state_load(r, gfn++)]++;
+			}
+		}
+	}
+}
+
+/* Frames [gfn, end) to their cells. */
+static void tally(const struct emu_region *r, uint64_t gfn, uint64_t end, uint64_t cell_frames, uint64_t owner,
+                  uint64_t owners, uint32_t *ret)
+{
+	while (gfn < end) {
+		const uint64_t cell = gfn / cell_frames, next = (cell + 1) * cell_frames;
+		const uint64_t last = next < end ? next : end;
+
+		tally_run(r, gfn, last, ret + (cell * owners + owner) * EMU_NR_STATES);
+		gfn = last;
+	}
+}
+
+int emu_states_tally(struct emu_region *r, const struct emu_range *ranges, size_t n, uint64_t cell_frames,
+                     int owners, uint32_t *ret)
+{
+	uint64_t at = 0;
+	int err = emu_ranges_check(r, ranges, n);
+
+	if (!cell_frames || owners < 1)
+		return -EINVAL;
+	for (size_t i = 0; i < n && !err; i++) {
+		if (ranges[i].gfn < at || ranges[i].key < 1 || ranges[i].key >= (uint64_t)owners)
+			err = -EINVAL;
+		at = ranges[i].gfn + ranges[i].count;
+	}
+	if (!err)
+		err = emu_region_enter(r);
+	if (err)
+		return err;
+	at = 0;
+	for (size_t i = 0; i < n; i++) {
+		tally(r, at, ranges[i].gfn, cell_frames, 0, (uint64_t)owners, ret);
+		at = ranges[i].gfn + ranges[i].count;
+		tally(r, ranges[i].gfn, at, cell_frames, ranges[i].key, (uint64_t)owners, ret);
+	}
+	tally(r, at, r->frames, cell_frames, 0, (uint64_t)owners, ret);
 	emu_region_leave(r);
 	return 0;
 }

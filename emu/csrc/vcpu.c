@@ -47,6 +47,9 @@ static int run_job(struct emu_region *r, const struct emu_range *ranges, size_t 
 		return err;
 	if (job->op < 0 || job->op >= EMU_NR_OPS || threads < 1 || threads > 1024)
 		return -EINVAL;
+	for (size_t i = 0; i < n && job->op == EMU_COPY; i++) /* there the keys are frames, too */
+		if (!emu_range_ok(r, ranges[i].key, ranges[i].count))
+			return -ERANGE;
 	if (atomic_load(&r->dead))
 		return -EOWNERDEAD;
 	for (size_t i = 0; i < n; i++)

@@ -98,10 +98,36 @@ class Buddy(FreeArea):
 
     def free(self, pfn: int, order: int = 0) -> None:
         """Free a block. Raises AllocatorError, and changes nothing, if it isn't allocated with that order."""
+        if self._open != self._open_end:
+            frame = self._open - 1
+            if (
+                pfn == self.base + frame
+                and order == 0
+                and self._allocated[frame] == 1
+                and self._type[frame >> PAGEBLOCK_ORDER] == self._open_type
+            ):
+                self._free_last(frame)
+                return
         self._check_order(order)
         frame = self._check_allocated(pfn, order)
         self._allocated[frame] = 0
+        if self._open != self._open_end:
+            self._settle()
         self._free_one(frame, order, self._type[frame >> PAGEBLOCK_ORDER])
+
+    def _free_last(self, frame: int) -> None:
+        # The frame that the open block gave away last: it merges with what comes after it, and with nothing before it,
+        # since all of that is allocated. Only the whole block may find its own buddy free.
+        self._allocated[frame] = 0
+        if frame == self._open_start:
+            self.free_frames -= self._open_end - self._open
+            self._open_start = self._open = self._open_end = 0
+            self._free_one(frame, self._open_order, self._open_type)
+            return
+        self._open = frame
+        self.free_frames += 1
+        if self.on_free is not None:
+            self.on_free((frame & -frame).bit_length() - 1)
 
     def free_bulk(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Free runs of frames, (pfn, count) each, that were allocated one by one (order 0).
@@ -128,6 +154,8 @@ class Buddy(FreeArea):
 
     def free_run(self, frame: int, count: int, *, descending: bool = False) -> None:
         """Put a run of frames, relative to base and already unmarked, back on the lists (for the per-CPU lists)."""
+        if self._open != self._open_end:
+            self._settle()
         blocks: Iterator[tuple[int, int]] | list[tuple[int, int]] = self._blocks(frame, count)
         if descending:
             blocks = list(blocks)[::-1]
@@ -138,6 +166,14 @@ class Buddy(FreeArea):
 
     def alloc(self, order: int = 0, migratetype: MigrateType = MigrateType.MOVABLE) -> int:
         """Allocate a block of 2^order frames; return its first pfn. Raises OutOfMemory."""
+        frame = self._open
+        if frame != self._open_end:
+            if order == 0 and migratetype == self._open_type and order.__class__ is int:
+                self._open = frame + 1
+                self.free_frames -= 1
+                self._allocated[frame] = 1
+                return self.base + frame
+            self._settle()
         self._check_order(order)
         frame = self._take(order, _migratetype(migratetype))
         if frame < 0:
@@ -158,6 +194,8 @@ class Buddy(FreeArea):
         if not isinstance(count, int) or count < 0:
             raise BadValue(f"{count!r} frames can't be allocated")
         migratetype = _migratetype(migratetype)
+        if self._open != self._open_end:
+            self._settle()
         runs: list[tuple[int, int]] = []
         while count:
             frame, n = self._take_run(count, migratetype)
@@ -181,6 +219,9 @@ class Buddy(FreeArea):
                     continue
                 self._del(current, block)
                 frame = block << current
+                if order == 0 and current:
+                    self._open_block(frame, current, migratetype)
+                    return frame
                 while current > order:  # expand(): keep the lower half
                     current -= 1  # noqa: PLW2901
                     self._add(current, (frame >> current) + 1, migratetype, tail=False)
@@ -297,6 +338,8 @@ class Buddy(FreeArea):
 
     def take_for_pcp(self, order: int, migratetype: int, most: int) -> tuple[int, int]:
         """Take what rmqueue_bulk() would take next: (frame relative to base, blocks) in a row; (0, 0) when dry."""
+        if self._open != self._open_end:
+            self._settle()
         if order == 0:
             frame, n = self._take_run(most, migratetype)
             if n:
@@ -332,6 +375,8 @@ class Buddy(FreeArea):
 
         A block of half a pageblock or more makes its pageblocks movable.
         """
+        if self._open != self._open_end:
+            self._settle()
         self._del(order, block)
         frame = block << order
         if order >= PAGEBLOCK_ORDER - 1:
@@ -340,6 +385,8 @@ class Buddy(FreeArea):
 
     def putback(self, order: int, block: int, *, reported: bool) -> None:
         """Put an isolated block back at the tail; flagged if reported and not merged (page_reporting_drain)."""
+        if self._open != self._open_end:
+            self._settle()
         frame = block << order
         merged = self._free_one(frame, order, self._type[frame >> PAGEBLOCK_ORDER], to_tail=True, notify=False)
         if reported and merged == order:
@@ -347,6 +394,8 @@ class Buddy(FreeArea):
 
 
 def _migratetype(value: int) -> MigrateType:
+    if value.__class__ is MigrateType:  # an enum's constructor takes as long as a split
+        return value
     try:
         return MigrateType(value)
     except ValueError:

@@ -6,6 +6,14 @@ memory: a 1 TiB guest has 2 GiB of them and pays for the pages it uses.
 
 A block's flag byte says that it is free, and whether it was reported. Both end with its place on the list: taking a
 block off, for whatever reason, is what makes the Reported flag die (del_page_from_free_list).
+
+The open block. Taking one frame out of a block of order n splits it n times and puts n remainders on n lists
+(expand()); giving the frame back merges them all again. In C that is some 20 cache lines; in Python it would be most of
+what the allocator does. So the remainders are written down only when somebody looks. Until then the block is *open*: its
+frames from `_open` to `_open_end` are free, and stand for the blocks that they would make. That is exact, not nearly so,
+by two facts that hold while a block is open. A block is split only when its type's lists of all lower orders are empty,
+so each remainder would be alone on its list; and whatever else touches the lists settles the open block first, so they
+stay empty. Frames taken from the front, or given back in the reverse order, only move `_open`.
 """
 
 import enum
@@ -52,9 +60,12 @@ class FreeArea:
         self.frames = frames
         #: frames on the free lists
         self.free_frames = 0
-        #: free blocks by order, and of those the reported ones
-        self.nr_free = [0] * _ORDERS
+        #: free blocks by order (nr_free), and of those the reported ones
+        self._nr_free = [0] * _ORDERS
         self.nr_reported = [0] * _ORDERS
+        #: the open block: its first frame, the first that is free, its end; relative to base. None is open: 0, 0, 0
+        self._open_start = self._open = self._open_end = 0
+        self._open_order = self._open_type = 0
         blocks = [frames >> order for order in range(_ORDERS)]
         # one mapping, cut into next, prev and flags of each order
         words = sum(n + _TYPES for n in blocks)
@@ -90,7 +101,7 @@ class FreeArea:
             nxt[whole - 1], prv[0] = head, head
             nxt[head], prv[head] = 0, whole - 1
             self._flags[MAX_ORDER][:] = bytes([_FREE]) * whole
-            self.nr_free[MAX_ORDER] = whole
+            self._nr_free[MAX_ORDER] = whole
             self.free_frames = whole << MAX_ORDER
         for pfn, order in self._blocks(whole << MAX_ORDER, self.frames - (whole << MAX_ORDER)):
             self._add(order, pfn >> order, MigrateType.MOVABLE, tail=True)
@@ -112,7 +123,7 @@ class FreeArea:
             nxt[block], prv[block] = first, head
             prv[first] = nxt[head] = block
         self._flags[order][block] = _FREE
-        self.nr_free[order] += 1
+        self._nr_free[order] += 1
         self.free_frames += 1 << order
 
     def _del(self, order: int, block: int) -> None:
@@ -123,8 +134,31 @@ class FreeArea:
         if flags[block] & _REPORTED:
             self.nr_reported[order] -= 1
         flags[block] = 0
-        self.nr_free[order] -= 1
+        self._nr_free[order] -= 1
         self.free_frames -= 1 << order
+
+    # ---- the open block
+
+    def _open_block(self, frame: int, order: int, migratetype: int) -> None:
+        # A block just taken off its list gives its first frame away; the lists of lower orders of its type are empty.
+        self._open_start, self._open, self._open_end = frame, frame + 1, frame + (1 << order)
+        self._open_order, self._open_type = order, migratetype
+        self.free_frames += (1 << order) - 1
+
+    def _settle(self) -> None:
+        # Write the remainders down, as the splits would have left them. To be called before anything reads the lists.
+        start, end = self._open, self._open_end
+        self._open_start = self._open = self._open_end = 0
+        self.free_frames -= end - start
+        for frame, order in self._blocks(start, end - start):
+            self._add(order, frame >> order, self._open_type, tail=False)
+
+    @property
+    def nr_free(self) -> list[int]:
+        """Free blocks by order."""
+        if self._open != self._open_end:
+            self._settle()
+        return self._nr_free
 
     @staticmethod
     def _blocks(start: int, count: int) -> Iterator[tuple[int, int]]:
@@ -148,11 +182,15 @@ class FreeArea:
 
     def first(self, order: int, migratetype: int) -> int:
         """Return the block at the head of a list, or -1."""
+        if self._open != self._open_end:
+            self._settle()
         block = self._next[order][self._head[order] + migratetype]
         return block if block < self._head[order] else -1
 
     def after(self, order: int, block: int) -> int:
         """Return the block that follows, or -1 at the end of the list."""
+        if self._open != self._open_end:
+            self._settle()
         block = self._next[order][block]
         return block if block < self._head[order] else -1
 
@@ -167,6 +205,8 @@ class FreeArea:
 
     def rotate_to_front(self, order: int, migratetype: int, block: int) -> None:
         """Make a block the first of its list, keeping the circle (list_rotate_to_front)."""
+        if self._open != self._open_end:
+            self._settle()
         nxt, prv = self._next[order], self._prev[order]
         head = self._head[order] + migratetype
         if nxt[head] == block:

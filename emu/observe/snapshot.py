@@ -61,7 +61,7 @@ def take_snapshot(t: float, mechanism: str, guest: GuestKernel, host: Hypervisor
     Our own books cost one native call and no walk; smaps costs the kernel a walk over all that the process has mapped.
     """
     counters = read_vmstat(guest, host)
-    smaps = host.ram.smaps()
+    look = host.ram.look()
     states = {state.name.lower(): counters[f"nr_{state.name.lower()}"] * FRAME_SIZE for state in FrameState}
     reporting = guest.reporting
     orders = range(len(guest.zones[0].buddy.nr_free))
@@ -73,9 +73,9 @@ def take_snapshot(t: float, mechanism: str, guest: GuestKernel, host: Hypervisor
         guest_cached_bytes=guest.cached_bytes,
         guest_free_bytes=guest.free_bytes,
         guest_pcp_bytes=guest.pcp_bytes,
-        rss_bytes=smaps.rss,
-        lazyfree_bytes=smaps.lazyfree,
-        footprint_bytes=smaps.rss + host.ram.table_bytes,
+        rss_bytes=look.rss,
+        lazyfree_bytes=look.lazyfree,
+        footprint_bytes=look.rss + host.ram.table_bytes,
         books_bytes=states["resident"] + states["lazy"],
         states=states,
         free_area=tuple(sum(zone.buddy.nr_free[order] for zone in guest.zones) for order in orders),

@@ -74,6 +74,42 @@ class BuddyMachine(RuleBasedStateMachine):
             self.bulk.free(pfn, order)
         assert list(self.bulk.free_blocks()) == before
 
+    @rule(steps=st.lists(st.tuples(st.sampled_from("aaaabcdlllx"), st.integers(0, 1 << 16), TYPES), max_size=60))
+    def walk(self, steps):
+        # Singles one after another with nobody looking in between, so that a block stays open; the other allocator is
+        # looked at after every step, so that none does.
+        heard = {name: [] for name in ("bulk", "single")}
+        for name, orders in heard.items():
+            getattr(self, name).on_free = orders.append
+        for what, which, migratetype in steps:
+            if what in "abc":
+                order = {"a": 0, "b": 0, "c": 1}[what]
+                kind = MigrateType.MOVABLE if what == "a" else migratetype
+                try:
+                    pfn = self.bulk.alloc(order, kind)
+                except OutOfMemory:
+                    with pytest.raises(OutOfMemory):
+                        self.single.alloc(order, kind)
+                    continue
+                assert self.single.alloc(order, kind) == pfn
+                self.free -= set(range(pfn, pfn + (1 << order)))
+                if order:
+                    self.blocks.append((pfn, order))
+                else:
+                    self.singles.append(pfn)
+            elif what == "x":
+                with pytest.raises(AllocatorError):
+                    self.bulk.free(self.frames + which, 0)
+            elif self.singles:
+                pfn = self.singles.pop(-1 if what == "l" else which % len(self.singles))
+                self.bulk.free(pfn, 0)
+                self.single.free(pfn, 0)
+                self.free.add(pfn)
+            assert self.bulk.free_frames == len(self.free)
+            list(self.single.free_blocks())
+        assert heard["bulk"] == heard["single"]
+        self.bulk.on_free = self.single.on_free = None
+
     @precondition(lambda self: self.singles)
     @rule(data=st.data())
     def free_bulk(self, data):

@@ -25,7 +25,7 @@ def test_states_and_operations_come_from_the_core():
     """Never typed twice."""
     assert [state.name for state in FrameState] == ["ZERO", "ZEROMAP", "RESIDENT", "LAZY", "BUSY", "LOST"]
     assert len(FrameState) == _native.lib.EMU_NR_STATES
-    assert len(set(Op)) == 5
+    assert len(set(Op)) == 6
 
 
 def test_filled_content_differs_by_seed_key_and_place():

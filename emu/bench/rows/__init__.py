@@ -1,0 +1,7 @@
+"""All rows, in the order in which they are measured and printed."""
+
+from emu.bench.rows import faults, guest, reclaim
+
+__all__ = ["ROWS"]
+
+ROWS = [*faults.ROWS, *reclaim.ROWS, *guest.ROWS]

@@ -1,0 +1,94 @@
+"""Rows of the guest's kernel and of watching it: absolute, since nothing else does the same work.
+
+The allocator is Python, and its speed isn't a guest's; what these rows guard is that it doesn't drown what is real.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from time import perf_counter_ns
+
+from emu.bench.row import Row, Sides
+from emu.bench.stage import Stage
+from emu.clock import StepClock
+from emu.guest.buddy import Buddy
+from emu.machine import Machine
+
+__all__ = ["ROWS"]
+
+_PAIRS = 20000
+_RESIDENT = 4 << 30
+
+Open = Callable[[Stage], AbstractContextManager[Sides]]
+
+
+def _pairs(work: Callable[[Buddy, int], None], *, held: bool = False) -> Open:
+    @contextmanager
+    def open_(stage: Stage) -> Iterator[Sides]:
+        buddy = Buddy(1 << 18)
+        if held:
+            buddy.alloc(0)
+
+        def ours() -> float:
+            start = perf_counter_ns()
+            work(buddy, _PAIRS)
+            return _PAIRS * 1e6 / (perf_counter_ns() - start)
+
+        yield Sides(ours)
+
+    return open_
+
+
+def _one_by_one(buddy: Buddy, n: int) -> None:
+    alloc, free = buddy.alloc, buddy.free
+    for _ in range(n):
+        free(alloc(0), 0)
+
+
+def _all_then_all(buddy: Buddy, n: int) -> None:
+    alloc, free = buddy.alloc, buddy.free
+    pfns = [alloc(0) for _ in range(n)]
+    for pfn in pfns:
+        free(pfn, 0)
+
+
+@contextmanager
+def bulk(stage: Stage) -> Iterator[Sides]:
+    """Allocate and free 1 GiB of frames, by block: the frames of both count."""
+    buddy = Buddy(1 << 18)
+
+    def ours() -> float:
+        start = perf_counter_ns()
+        buddy.free_bulk(buddy.alloc_bulk(1 << 18))
+        return (2 << 18) * 1e3 / (perf_counter_ns() - start)
+
+    yield Sides(ours)
+
+
+@contextmanager
+def snapshot(stage: Stage) -> Iterator[Sides]:
+    """A 64 GiB guest with 4 GiB resident, of which 32 MiB were given back and touched since the last one."""
+    with Machine("64GiB", "reporting", clock=StepClock()) as machine:
+        machine.ram.touch(0, _RESIDENT >> 12)
+        machine.snapshot()
+
+        def ours() -> float:
+            machine.ram.discard([(0, 8192)])
+            machine.ram.touch(0, 8192)
+            start = perf_counter_ns()
+            machine.snapshot()
+            return (perf_counter_ns() - start) / 1e6
+
+        yield Sides(ours)
+
+
+ROWS = [
+    Row("buddy-pair", "alloc and free of one frame, by turns: a block split down and merged up each time",
+        "k pairs/s", "higher", _pairs(_one_by_one), target=400),
+    Row("buddy-pair-held", "the same while a neighbour is allocated: neither splits nor merges", "k pairs/s", "higher",
+        _pairs(_one_by_one, held=True), target=400),
+    Row("buddy-batch", "20,000 single frames allocated, then freed in the same order", "k pairs/s", "higher",
+        _pairs(_all_then_all), target=400),
+    Row("buddy-bulk", "1 GiB of frames allocated and freed, by block", "M frames/s", "higher", bulk, target=200),
+    Row("snapshot-64GiB", "a snapshot of a 64 GiB guest, 4 GiB of it resident, 32 MiB given back and touched since",
+        "ms", "lower", snapshot, target=2.0),
+]  # fmt: skip

@@ -1,0 +1,151 @@
+"""Rows of taking back and of bulk access: discard, install, touch on resident memory, a pass of free page reporting."""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from mmap import mmap
+from time import perf_counter_ns
+
+from emu.bench.row import Row, Sides
+from emu.bench.stage import Stage
+from emu.clock import StepClock
+from emu.errors import EmuError
+from emu.machine import Machine
+from emu.ram import GuestRam
+from emu.ranges import Ranges
+from emu.units import FRAME_SIZE
+
+__all__ = ["ROWS"]
+
+_LARGE = 131072  # frames: 512 MiB
+_SCATTERED = 4096
+_TOUCHED = 16384
+_TIMES = 32
+_REPORT_ORDER = 10
+_MIB = 1 << 20
+
+Open = Callable[[Stage], AbstractContextManager[Sides]]
+
+
+def _discard_of(ram: GuestRam, ranges: Ranges, frames: int) -> float:
+    ram.touch(0, ram.frames)
+    start = perf_counter_ns()
+    taken = ram.discard(ranges)
+    took = perf_counter_ns() - start
+    if taken != frames:
+        raise EmuError(f"discard took {taken} frames of {frames}")
+    return took / frames
+
+
+@contextmanager
+def discard_large(stage: Stage) -> Iterator[Sides]:
+    whole = Ranges.of([(0, _LARGE)])
+    with GuestRam(_LARGE * FRAME_SIZE) as ram:
+        yield Sides(
+            lambda: _discard_of(ram, whole, _LARGE),
+            lambda: stage.reference.measure("discard", pages=_LARGE) / _LARGE,
+        )
+
+
+@contextmanager
+def discard_scattered(stage: Stage) -> Iterator[Sides]:
+    every_other = Ranges.of((gfn, 1) for gfn in range(0, 2 * _SCATTERED, 2))
+    with GuestRam(2 * _SCATTERED * FRAME_SIZE) as ram:
+        yield Sides(
+            lambda: _discard_of(ram, every_other, _SCATTERED),
+            lambda: stage.reference.measure("discard_scattered", pages=2 * _SCATTERED, stride=2, run=1) / _SCATTERED,
+        )
+
+
+def install(run: int) -> Open:
+    @contextmanager
+    def open_(stage: Stage) -> Iterator[Sides]:
+        buffer = mmap(-1, run * FRAME_SIZE)  # page-aligned, as the reference's
+        buffer.write(bytes(range(256)) * (len(buffer) // 256))
+        batches = [range(start, start + run) for start in range(0, _TOUCHED, run)]
+
+        def ours() -> float:
+            with GuestRam(_TOUCHED * FRAME_SIZE) as ram:
+                start = perf_counter_ns()
+                for gfns in batches:
+                    ram.install(gfns, buffer)
+                return (perf_counter_ns() - start) / _TOUCHED
+
+        yield Sides(ours, lambda: stage.reference.measure("install", pages=_TOUCHED, run=run) / _TOUCHED)
+
+    return open_
+
+
+def touch(write: bool) -> Open:
+    @contextmanager
+    def open_(stage: Stage) -> Iterator[Sides]:
+        loop = stage.reference.loops.touch_write if write else stage.reference.loops.touch_read
+        with GuestRam(_TOUCHED * FRAME_SIZE) as ram:
+            ram.touch(0, _TOUCHED)
+            pages = ctypes.c_void_p(ram.address), ctypes.c_uint64(_TOUCHED)
+
+            def timed(work: Callable[[], object]) -> float:
+                start = perf_counter_ns()
+                for _ in range(_TIMES):
+                    work()
+                return _TOUCHED * _TIMES * 1e3 / (perf_counter_ns() - start)
+
+            yield Sides(lambda: timed(lambda: ram.touch(0, _TOUCHED, write=write)), lambda: timed(lambda: loop(*pages)))
+
+    return open_
+
+
+@contextmanager
+def report_pass(stage: Stage) -> Iterator[Sides]:
+    """One pass over freed memory: two reports of 32 blocks of order 10, all resident, 256 MiB."""
+    with Machine("1GiB", f"reporting:order={_REPORT_ORDER}", clock=StepClock()) as machine:
+        guest = machine.guest
+        memory = guest.spawn("bench").mmap("768MiB")
+        while machine.guest.reporting is not None and guest.next_timer is not None:
+            machine.run_for(2)  # what was free at boot
+        frames = 0
+
+        def ours() -> float:
+            nonlocal frames
+            memory.touch()
+            memory.madvise_dontneed()
+            guest.drain_pages()
+            before = machine.ram.stats()["discard_frames"]
+            # the step clock stands still: run_for() is the pass and nothing else
+            start = perf_counter_ns()
+            machine.run_for(2)
+            took = perf_counter_ns() - start
+            frames = machine.ram.stats()["discard_frames"] - before
+            while guest.next_timer is not None:
+                machine.run_for(2)
+            return took / frames
+
+        def reference() -> float:
+            block = 1 << _REPORT_ORDER
+            pages = frames // block * block
+            return stage.reference.measure("discard_scattered", pages=pages, stride=block, run=block) / pages
+
+        ours()  # how many frames a pass takes
+        yield Sides(ours, reference)
+
+
+ROWS = [
+    Row("discard-large", "one discard of 512 MiB, beside one madvise(MADV_DONTNEED)", "ns/frame", "lower",
+        discard_large, target=1.05),
+    Row("discard-large+thread", "the same, another thread of the process running", "ns/frame", "lower",
+        discard_large, target=1.05, second_thread=True),
+    Row("discard-scattered", "4,096 single frames in one call, beside a loop of madvise", "ns/frame", "lower",
+        discard_scattered, target=0.5),
+    Row("discard-scattered+thread", "the same, another thread of the process running", "ns/frame", "lower",
+        discard_scattered, target=0.5, second_thread=True),
+    Row("install-512", "install of 512 frames a call, beside UFFDIO_COPY of as many", "ns/frame", "lower",
+        install(512), target=1.1),
+    Row("touch-write", "touching resident frames, beside a C loop of atomic ORs", "frames/us", "higher",
+        touch(True), target=0.9),
+    Row("touch-read", "reading resident frames, beside a C loop of loads", "frames/us", "higher",
+        touch(False), target=0.9),
+    Row("report-pass", "a pass of free page reporting (order 10), Python and all, beside its madvise calls",
+        "ns/frame", "lower", report_pass, target=1.5),
+    Row("report-pass+thread", "the same, another thread of the process running", "ns/frame", "lower",
+        report_pass, target=1.5, second_thread=True),
+]  # fmt: skip
