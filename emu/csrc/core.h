@@ -37,6 +37,7 @@
 	X(nr_zero) X(nr_zeromap) X(nr_resident) X(nr_lazy) X(nr_busy) X(nr_lost)                                      \
 	X(pgfault) X(pgfault_write) X(pgfault_read) X(pgfault_lazy) X(pgfault_spurious) X(pgfault_lost)               \
 	X(pgfault_failed) X(busy_wait)                                                                                \
+	X(vcpu_calls) X(vcpu_frames) X(vcpu_ns)                                                                       \
 	X(copy_frames) X(zeropage_frames) X(install_frames)                                                           \
 	X(discard_frames) X(discard_zeromap) X(discard_calls)                                                         \
 	X(lazyfree_frames) X(lazyfree_calls) X(lazydrop_frames) X(lazydrop_calls)                                     \
@@ -235,6 +236,7 @@ struct emu_walk {
 int emu_guest_walk(struct emu_walk *w);
 
 /* rss.c */
+extern uint64_t emu_rss_rotate;
 /* After a page of the block changed, and a full barrier. A mark that is there isn't written: vCPUs share its line. */
 static inline void emu_rss_mark(struct emu_region *r, uint64_t block)
 {

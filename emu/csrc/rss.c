@@ -8,7 +8,7 @@
  *
  *   - for the blocks of which a frame changed its state since the last look,
  *   - for those that hold lazily freed frames, which the kernel may drop without an event,
- *   - and for as many others, in rotation, as hold ROTATE resident pages: what happens behind our back (a stray
+ *   - and for as many others, in rotation, as hold emu_rss_rotate resident pages: what happens behind our back (a stray
  *     madvise, swap) shows after a round, and in a guest of up to 256 MiB resident at once.
  *
  * So the figure is the kernel's, never that of our books; what may be old is when it was given.  `asked` says how many
@@ -22,10 +22,9 @@
 #define _GNU_SOURCE
 #include "core.h"
 
-#include <string.h>
 #include <sys/ioctl.h>
 
-#define ROTATE 65536 /* pages */
+uint64_t emu_rss_rotate = 65536; /* resident pages of a look; a test switches the rotation off */
 
 /* Blocks [first, end) are asked about anew, at most `most` resident pages of them; returns the end of what was. */
 static int64_t ask(struct emu_region *r, uint64_t first, uint64_t end, uint64_t most, int64_t *asked)
@@ -105,19 +104,30 @@ static bool any_lazy(struct emu_region *r)
 	return n != 0;
 }
 
+/* The first marked block from `block` on, or `blocks`. Eight at a time: the table is padded to whole pages. */
+static uint64_t next_mark(const struct emu_region *r, uint64_t block, uint64_t blocks)
+{
+	while (block < blocks) {
+		if (block % 8 == 0 &&
+		    !__atomic_load_n((const uint64_t *)(const void *)(r->changed + block), __ATOMIC_RELAXED)) {
+			block += 8;
+			continue;
+		}
+		if (atomic_load_explicit(&r->changed[block], memory_order_relaxed))
+			return block;
+		block++;
+	}
+	return blocks;
+}
+
 /* The blocks that are marked, neighbours together: a gap of one costs less than another system call. */
 static int64_t ask_changed(struct emu_region *r, uint64_t blocks, int64_t *asked)
 {
 	const bool lazy = any_lazy(r);
 
-	for (uint64_t block = 0; block < blocks; block++) {
-		const uint8_t *mark = memchr((const void *)(r->changed + block), 1, blocks - block);
-		uint64_t first, end;
+	for (uint64_t first = next_mark(r, 0, blocks), end; first < blocks; first = next_mark(r, end, blocks)) {
 		int64_t err;
 
-		if (!mark)
-			break;
-		first = (uint64_t)(mark - (const uint8_t *)r->changed);
 		for (end = first; end < blocks; end++) {
 			if (!atomic_load_explicit(&r->changed[end], memory_order_relaxed) &&
 			    (end + 1 == blocks || !atomic_load_explicit(&r->changed[end + 1], memory_order_relaxed)))
@@ -128,10 +138,9 @@ static int64_t ask_changed(struct emu_region *r, uint64_t blocks, int64_t *asked
 		err = ask(r, first, end, UINT64_MAX, asked);
 		if (err < 0)
 			return err;
-		for (block = first; lazy && block < end; block++)
+		for (uint64_t block = first; lazy && block < end; block++)
 			if (lazy_in(r, block))
 				emu_rss_mark(r, block);
-		block = end;
 	}
 	return 0;
 }
@@ -150,11 +159,11 @@ static int64_t look(struct emu_region *r, bool everything, struct emu_look *ret)
 		const uint64_t start = r->look_cursor < blocks ? r->look_cursor : 0;
 		int64_t rotated = 0;
 
-		err = ask(r, start, blocks, ROTATE, &rotated);
-		if (err == (int64_t)blocks && rotated < ROTATE && start) { /* round the end */
+		err = ask(r, start, blocks, emu_rss_rotate, &rotated);
+		if (err == (int64_t)blocks && rotated < (int64_t)emu_rss_rotate && start) { /* round the end */
 			int64_t more = 0;
 
-			err = ask(r, 0, start, (uint64_t)(ROTATE - rotated), &more);
+			err = ask(r, 0, start, emu_rss_rotate - (uint64_t)rotated, &more);
 			rotated += more;
 		}
 		if (err >= 0)

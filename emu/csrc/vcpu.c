@@ -122,10 +122,16 @@ static int run_job(struct emu_region *r, const struct emu_range *ranges, size_t 
 int emu_vcpu_run(struct emu_region *r, const struct emu_range *ranges, size_t n, struct emu_vcpu_job *job)
 {
 	int err = emu_region_enter(r);
+	uint64_t t0;
 
 	if (err)
 		return err;
+	t0 = emu_now_ns();
 	err = run_job(r, ranges, n, job);
+	/* what the guest's CPUs took, all threads together counted once: the rest of a step is Python's */
+	emu_stat_add(r, EMU_STAT_vcpu_ns, (int64_t)(emu_now_ns() - t0));
+	emu_stat_add(r, EMU_STAT_vcpu_calls, 1);
+	emu_stat_add(r, EMU_STAT_vcpu_frames, (int64_t)job->progress.done);
 	emu_region_leave(r);
 	return err;
 }

@@ -9,11 +9,11 @@ block off, for whatever reason, is what makes the Reported flag die (del_page_fr
 
 The open block. Taking one frame out of a block of order n splits it n times and puts n remainders on n lists
 (expand()); giving the frame back merges them all again. In C that is some 20 cache lines; in Python it would be most of
-what the allocator does. So the remainders are written down only when somebody looks. Until then the block is *open*: its
-frames from `_open` to `_open_end` are free, and stand for the blocks that they would make. That is exact, not nearly so,
-by two facts that hold while a block is open. A block is split only when its type's lists of all lower orders are empty,
-so each remainder would be alone on its list; and whatever else touches the lists settles the open block first, so they
-stay empty. Frames taken from the front, or given back in the reverse order, only move `_open`.
+what the allocator does. So the remainders are written down only when somebody looks. Until then the block is *open*:
+its frames from `_open` to `_open_end` are free, and stand for the blocks that they would make. That is exact, not
+nearly so, by two facts that hold while a block is open. A block is split only when its type's lists of all lower orders
+are empty, so each remainder would be alone on its list; and whatever else touches the lists settles the open block
+first, so they stay empty. Frames taken from the front, or given back in the reverse order, only move `_open`.
 """
 
 import enum

@@ -5,6 +5,7 @@ import pytest
 import emu
 from emu.errors import AllocatorError, BadValue, OutOfMemory
 from emu.guest.buddy import Buddy, MigrateType
+from emu.guest.pcp import PerCpuPages
 
 
 def blocks(buddy, order):
@@ -174,3 +175,15 @@ def test_the_reported_flag_dies_by_allocation_split_and_merge():
     buddy.putback(9, 1, reported=True)
     assert buddy.nr_free == [0] * 10 + [1]
     assert sum(buddy.nr_reported) == 0
+
+
+def test_a_frame_on_a_per_cpu_list_can_not_be_freed_to_the_open_block():
+    """The last frame that the open block gave away, freed to the lists and then once more."""
+    buddy = Buddy(1024)
+    lists = PerCpuPages(buddy, batch=8, high=64)
+    pfn = buddy.alloc(0)
+    lists.free(pfn, 0)
+    with pytest.raises(AllocatorError, match="double free"):
+        buddy.free(pfn, 0)
+    lists.drain()
+    assert buddy.nr_free == [0] * 10 + [1]

@@ -400,9 +400,80 @@ static int a_forked_child_has_its_own_regions(void)
 	return 0;
 }
 
+/* From frame to frame inside the guest, either missing or not; what it copies onto keeps nothing of its own. */
+static int frames_are_copied_wherever_they_are(void)
+{
+	for (int s = 0; s < 3; s++) {
+		struct rig *rig = rig_open(2048, services[s], 1, 0);
+		struct emu_range ranges[] = { { 1000, 100, 0 }, { 1500, 10, 990 }, { 3, 1, 3 } };
+		struct emu_vcpu_job job = { .op = EMU_COPY, .threads = 2 };
+		uint8_t byte;
+		struct emu_progress progress;
+
+		if (!rig)
+			return SKIPPED;
+		CHECK_EQ(rig_run(rig, EMU_FILL, 0, 100, 7, 1, NULL), 0);
+		CHECK_EQ(rig_run(rig, EMU_SET, 1000, 50, 0xaa, 1, NULL), 0);
+		CHECK_EQ(emu_vcpu_run(rig->r, ranges, 3, &job), 0);
+		CHECK_EQ(job.progress.done, 111);
+		for (uint64_t i = 0; i < 100; i++) {
+			struct emu_range one = { 1000 + i, 1, i };
+			struct emu_vcpu_job verify = { .op = EMU_VERIFY, .threads = 1, .arg = 7 };
+
+			CHECK_EQ(emu_vcpu_run(rig->r, &one, 1, &verify), 0);
+			CHECK_EQ(verify.bad_count, 0);
+		}
+		CHECK_EQ(emu_guest_read(rig->r, 1505ull << EMU_FRAME_SHIFT, &byte, 1, &progress), 0);
+		CHECK_EQ(byte, 0); /* of a frame that nobody had written: its zero page */
+		CHECK_EQ(rig_stat(rig, "nr_zeromap"), 10);
+		rig_check_books(rig);
+		ranges[0].key = 2000;
+		CHECK_EQ(emu_vcpu_run(rig->r, ranges, 1, &job), -ERANGE);
+		/* a source that is lost stops the copy at its number */
+		CHECK_EQ(emu_poison(rig->r, &(struct emu_range){ 20, 1, 0 }, 1), 1);
+		ranges[0].key = 0;
+		job.threads = 1;
+		CHECK(emu_vcpu_run(rig->r, ranges, 1, &job) < 0);
+		CHECK_EQ(job.progress.bad_gfn, 20);
+		CHECK_EQ(job.progress.done, 20);
+		rig_close(rig);
+	}
+	return 0;
+}
+
+/* One in eight, each thread's first among them; resident frames aren't faults. */
+static int what_faults_cost_is_sampled(void)
+{
+	for (int s = 0; s < 3; s++) {
+		struct rig *rig = rig_open(8192, services[s], 1, 0);
+		struct emu_hist h;
+		uint64_t reads;
+
+		if (!rig)
+			return SKIPPED;
+		CHECK_EQ(rig_run(rig, EMU_FILL, 0, 800, 1, 1, NULL), 0);
+		CHECK_EQ(emu_latency_read(rig->r, EMU_LAT_FAULT_WRITE, &h), 0);
+		CHECK_EQ(h.count, 100);
+		CHECK(h.max >= h.sum / h.count && h.sum / h.count > 50);
+		CHECK_EQ(rig_run(rig, EMU_TOUCH_WRITE, 0, 800, 1, 1, NULL), 0);
+		CHECK_EQ(rig_run(rig, EMU_VERIFY, 0, 800, 1, 1, NULL), 0);
+		CHECK_EQ(emu_latency_read(rig->r, EMU_LAT_FAULT_WRITE, &h), 0);
+		CHECK_EQ(h.count, 100);
+		CHECK_EQ(rig_run(rig, EMU_TOUCH_READ, 1000, 800, 1, 4, NULL), 0); /* three new threads */
+		CHECK_EQ(emu_latency_read(rig->r, EMU_LAT_FAULT_READ, &h), 0);
+		reads = h.count;
+		CHECK_EQ(reads, 25 * 4);
+		CHECK_EQ(emu_latency_read(rig->r, EMU_NR_LATENCIES, &h), -EINVAL);
+		rig_close(rig);
+	}
+	return 0;
+}
+
 const struct test fault_tests[] = {
 	{ "fault: a read costs no memory and a write one page", a_read_costs_no_memory_and_a_write_one_page },
 	{ "fault: content survives and a torn frame is found", content_survives_and_a_torn_frame_is_found },
+	{ "fault: what faults cost is sampled", what_faults_cost_is_sampled },
+	{ "guestcopy: frames are copied wherever they are", frames_are_copied_wherever_they_are },
 	{ "fault: fault_around fills its aligned window only", fault_around_fills_its_aligned_window_only },
 	{ "fault: missing frames are installed, not faulted", missing_frames_are_installed_not_faulted },
 	{ "fault: a lost frame stops the call and never reads as zero", a_lost_frame_stops_the_call_and_never_reads_as_zero },

@@ -81,6 +81,8 @@ void rig_check_books(struct rig *rig)
 {
 	uint8_t *states = malloc(rig->frames);
 	int64_t n[EMU_NR_STATES] = { 0 }, gauges[EMU_NR_STATS], summary = 0;
+	const uint64_t rotate = emu_rss_rotate;
+	struct emu_look look;
 
 	CHECK_EQ(emu_states_copy(rig->r, 0, rig->frames, states), 0);
 	for (uint64_t i = 0; i < rig->frames; i++)
@@ -95,6 +97,11 @@ void rig_check_books(struct rig *rig)
 	/* the kernel may have dropped lazy ones that nobody has asked for since */
 	CHECK(rig_rss(rig) <= n[EMU_RESIDENT] + n[EMU_LAZY]);
 	CHECK(rig_rss(rig) >= n[EMU_RESIDENT]);
+	/* by marks alone the look knows of every page that came or went, but for those that nobody told us of */
+	emu_rss_rotate = 0;
+	CHECK_EQ(emu_rss_look(rig->r, 0, &look), 0);
+	emu_rss_rotate = rotate;
+	CHECK_EQ(look.rss, rig_rss(rig));
 	free(states);
 }
 

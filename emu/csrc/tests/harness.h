@@ -23,7 +23,8 @@ struct test {
 	int (*run)(void); /* 0 = passed, SKIPPED */
 };
 #define SKIPPED 77
-extern const struct test state_tests[], uffd_fill_tests[], fault_tests[], reclaim_tests[], ring_tests[], storm_tests[];
+extern const struct test state_tests[], uffd_fill_tests[], fault_tests[], reclaim_tests[], rss_tests[],
+                         ring_tests[], storm_tests[];
 
 struct rig {
 	struct emu_region *r;

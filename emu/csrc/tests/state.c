@@ -36,6 +36,60 @@ static int a_claim_is_won_once_and_the_summary_follows(void)
 	return 0;
 }
 
+/* By words where they fit and by bytes elsewhere, and never past a frame that is in another state. */
+static int runs_are_claimed_up_to_what_differs(void)
+{
+	for (uint64_t start = 500; start < 510; start++)
+		for (uint64_t other = start; other < start + 30; other++) {
+			struct rig *rig = rig_open(1024, EMU_SERVICE_OFF, 1, 0);
+			const uint64_t n = other - start < 25 ? other - start : 25;
+
+			CHECK(emu_state_try(rig->r, other, EMU_ZERO, EMU_RESIDENT));
+			CHECK_EQ(emu_state_claim(rig->r, start, 25, EMU_ZERO), n);
+			for (uint64_t g = 490; g < 550; g++) {
+				bool ours = g >= start && g < start + n;
+
+				CHECK_EQ(emu_state_load(rig->r, g), ours ? EMU_BUSY : g == other ? EMU_RESIDENT : EMU_ZERO);
+			}
+			CHECK_EQ(atomic_load(&rig->r->summary[0]) + atomic_load(&rig->r->summary[1]), n + 1);
+			emu_state_publish_run(rig->r, start, n, EMU_ZERO);
+			CHECK_EQ(atomic_load(&rig->r->summary[0]) + atomic_load(&rig->r->summary[1]), 1);
+			CHECK_EQ(atomic_load(&rig->r->summary[other / 512]), 1);
+			rig_close(rig);
+		}
+	return 0;
+}
+
+static int a_tally_counts_every_frame_once(void)
+{
+	struct rig *rig = rig_open(1300, EMU_SERVICE_OFF, 1, 0);
+	/* owner 1 has [100, 700), owner 2 [700, 701) and [1299, 1300) */
+	const struct emu_range owned[] = { { 100, 600, 1 }, { 700, 1, 2 }, { 1299, 1, 2 } };
+	const struct emu_range overlapping[] = { { 5, 2, 1 }, { 6, 1, 1 } };
+	const struct emu_range nobodys = { 5, 2, 0 }, outside = { 1299, 2, 1 };
+	uint32_t n[3][3][EMU_NR_STATES] = { 0 };
+
+	CHECK_EQ(rig_run(rig, EMU_TOUCH_WRITE, 90, 30, 0, 1, NULL), 0);
+	CHECK_EQ(rig_run(rig, EMU_TOUCH_READ, 699, 2, 0, 1, NULL), 0);
+	CHECK_EQ(emu_states_tally(rig->r, owned, 3, 512, 3, &n[0][0][0]), 0);
+	CHECK_EQ(n[0][0][EMU_RESIDENT], 10);
+	CHECK_EQ(n[0][0][EMU_ZERO], 90);
+	CHECK_EQ(n[0][1][EMU_RESIDENT], 20);
+	CHECK_EQ(n[0][1][EMU_ZERO], 392);
+	CHECK_EQ(n[1][1][EMU_ZERO], 187);
+	CHECK_EQ(n[1][1][EMU_ZEROMAP], 1);
+	CHECK_EQ(n[1][2][EMU_ZEROMAP], 1);
+	CHECK_EQ(n[1][0][EMU_ZERO], 323);
+	CHECK_EQ(n[2][0][EMU_ZERO], 275);
+	CHECK_EQ(n[2][2][EMU_ZERO], 1);
+	CHECK_EQ(emu_states_tally(rig->r, owned, 3, 512, 2, &n[0][0][0]), -EINVAL);
+	CHECK_EQ(emu_states_tally(rig->r, overlapping, 2, 512, 3, &n[0][0][0]), -EINVAL);
+	CHECK_EQ(emu_states_tally(rig->r, &nobodys, 1, 512, 3, &n[0][0][0]), -EINVAL);
+	CHECK_EQ(emu_states_tally(rig->r, &outside, 1, 512, 3, &n[0][0][0]), -ERANGE);
+	rig_close(rig);
+	return 0;
+}
+
 static void *wait_for_it(void *arg)
 {
 	struct rig *rig = arg;
@@ -90,6 +144,8 @@ static int histogram_buckets_are_an_eighth_of_an_octave(void)
 const struct test state_tests[] = {
 	{ "state: transitions are the table", transitions_are_the_table },
 	{ "state: a claim is won once and the summary follows", a_claim_is_won_once_and_the_summary_follows },
+	{ "state: runs are claimed up to what differs", runs_are_claimed_up_to_what_differs },
+	{ "state: a tally counts every frame once", a_tally_counts_every_frame_once },
 	{ "state: a waiter on BUSY is woken", a_waiter_on_busy_is_woken },
 	{ "stats: histogram buckets are an eighth of an octave", histogram_buckets_are_an_eighth_of_an_octave },
 	{ NULL, NULL },
