@@ -27,8 +27,8 @@ class Histogram:
     def percentile(self, percent: float) -> int:
         """Return the floor, in ns, of the bucket that the percentile falls into."""
         left = self.native.count * percent / 100
-        for bucket in range(lib.EMU_HIST_BUCKETS):
-            left -= self.native.bucket[bucket]
-            if left <= 0 and self.native.bucket[bucket]:
+        for bucket, count in enumerate(self.native.bucket):
+            left -= count
+            if left <= 0 and count:
                 return int(lib.emu_hist_floor(bucket))
         return self.max

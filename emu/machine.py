@@ -16,6 +16,7 @@ from emu.units import parse_duration
 
 __all__ = ["DEFAULT_SPEED", "Machine"]
 
+_SLICE = 0.05  # seconds of sleep between two looks of a watcher
 DEFAULT_SPEED = 10.0  # guest seconds a second: reporting alone takes 30 of them
 
 
@@ -58,6 +59,7 @@ class Machine:
         self.mechanism = make_mechanism(mechanism) if isinstance(mechanism, str) else mechanism
         self.clock = clock or make_clock(DEFAULT_SPEED if speed is None else speed)
         self._closed = False
+        self._watcher: Callable[[bool], None] | None = None
         self._ram = GuestRam(
             ram, service=service, uffd=uffd, fault_around=fault_around, service_cpu=service_cpu, disable=disable
         )
@@ -129,12 +131,49 @@ class Machine:
         while not done():
             due = self._guest.next_timer
             if due is None or due > end:
-                self.clock.sleep_until(end)
+                self._sleep_until(end)
                 self._guest.run_timers()
                 return done()
-            self.clock.sleep_until(due)
+            self._sleep_until(due)
             self._guest.run_timers()
         return True
+
+    def _sleep_until(self, t: float) -> None:
+        if self._watcher is None:
+            self.clock.sleep_until(t)
+            return
+        while (now := self.clock.now()) < t:
+            self.clock.sleep_until(min(t, now + _SLICE * self.clock.speed))
+            self._watcher(True)
+
+    def watch(self, watcher: Callable[[bool], None] | None) -> None:
+        """Have a function called, in the guest's own thread, some 20 times a second; None ends it.
+
+        It hears whether the guest is idle: True between its calls and timers, False in the middle of its work, where
+        it may look, and raise to stop the run, and do nothing else. While it is there vCPU loops go in smaller parts.
+        """
+        self._check()
+        self._watcher = watcher
+        self._ram.between = None if watcher is None else lambda: watcher(False)
+
+    def switch_mechanism(self, mechanism: str | Mechanism) -> None:
+        """Go on with another mechanism on the same state: the guest keeps its memory, what was given back stays so.
+
+        Raises BadValue for one that the guest would have to be booted for, and changes nothing.
+        """
+        self._check()
+        new = make_mechanism(mechanism) if isinstance(mechanism, str) else mechanism
+        if getattr(new, "poison", None) != getattr(self.mechanism, "poison", None):
+            raise BadValue("page poisoning is decided when a guest boots: start a new machine for it")
+        with self._guest.kernel_lock:
+            old = self.mechanism
+            old.detach(self._guest, self._host)
+            try:
+                new.attach(self._guest, self._host)
+            except BadValue:
+                old.attach(self._guest, self._host)
+                raise
+            self.mechanism = new
 
     # ---- watching
 
@@ -155,11 +194,25 @@ class Machine:
         """What the host really holds for this guest: RSS and tables."""
         return self.host.footprint_bytes
 
-    def snapshot(self) -> Snapshot:
-        """Return a picture of now."""
+    def snapshot(self, *, exact: bool = False, cells: int = 0) -> Snapshot:
+        """Return a picture of now.
+
+        Above 512 MiB resident, RSS is asked of the kernel where something may have changed, and in rotation elsewhere
+        (GuestRam.look); exact: of all of it, by smaps, which takes 6 ms a GiB. cells: add a map of the RAM in at most
+        so many cells.
+        """
         self._check()
         with self._guest.kernel_lock:
-            return take_snapshot(self.clock.now(), self.mechanism.name, self._guest, self._host)
+            return take_snapshot(
+                self._guest,
+                self._host,
+                t=self.clock.now(),
+                clock=self.clock.name,
+                mechanism=self.mechanism.name,
+                panel=self.mechanism.panel(self._guest, self._host),
+                exact=exact,
+                cells=cells,
+            )
 
     def stats(self) -> dict[str, int]:
         """Return all counters, of guest, host and core."""

@@ -11,7 +11,7 @@ import os
 import warnings
 import weakref
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -28,6 +28,7 @@ from emu.units import FRAME_SIZE, format_size, parse_ram_size
 __all__ = ["Event", "FrameState", "GuestRam", "Histogram", "Op"]
 
 _CHUNK = 16384  # frames (64 MiB) a native call: Python can handle Ctrl-C between two
+_SHORT_CHUNK = 2048  # while somebody watches
 
 
 class FrameState(enum.IntEnum):
@@ -100,6 +101,8 @@ class GuestRam:
         self._region: _native.Region | None = None
         self._uffd: Userfaultfd | None = None
         self._views: list[tuple[weakref.ref[memoryview], weakref.ref[Any]]] = []
+        #: called between the native calls of one vcpu(), if set: whoever watches gets to look
+        self.between: Callable[[], None] | None = None
         self.size = parse_ram_size(size)
         self.frames = self.size // FRAME_SIZE
         off = self._off = _native.disabled(disable)
@@ -243,7 +246,9 @@ class GuestRam:
         core = self._core
         bad: list[int] = []
         done = 0
-        for batch in ranges.chunks(_CHUNK * threads):
+        for batch in ranges.chunks((_CHUNK if self.between is None else _SHORT_CHUNK) * threads):
+            if done and self.between is not None:
+                self.between()
             try:
                 bad += core.vcpu(op, batch, arg, threads, None if latency is None else latency.native)
             except GuestMemoryError as error:
@@ -385,7 +390,7 @@ class GuestRam:
     def look(self, *, everything: bool = False) -> residency.Look:
         """Return the RSS by the kernel as a tick can afford it: asked again where something may have changed.
 
-        In a RAM with no more than 256 MiB resident, all of it is asked about; in a larger one, the 2 MiB blocks whose
+        In a RAM with no more than 512 MiB resident, all of it is asked about; in a larger one, the 2 MiB blocks whose
         frames changed their state since the last look and, in rotation, others (csrc/rss.c). Without PAGEMAP_SCAN
         (Linux 6.7), or with frames lazily freed, it is smaps, which tells LazyFree and takes 25 ns a page.
         """

@@ -15,6 +15,7 @@ __all__ = [
     "Gfn",
     "Pages",
     "format_size",
+    "mib_text",
     "parse_duration",
     "parse_ram_size",
     "parse_size",
@@ -92,6 +93,11 @@ def format_size(size: float) -> str:
             number = size / 1024**power
             return f"{number:.0f} {unit}" if number == int(number) else f"{number:.1f} {unit}"
     return f"{size:.0f} B"
+
+
+def mib_text(size: float) -> str:
+    """Return bytes as MiB with one decimal, as tables have them."""
+    return f"{size / (1 << 20):,.1f}"
 
 
 def seconds_text(seconds: float) -> str:

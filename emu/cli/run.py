@@ -1,5 +1,6 @@
 """emu run WORKLOAD: one workload on one machine, as a table of phases."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter, Token
 from rich.console import Console
 
+from emu.cli.live import open_view
 from emu.cli.output import Output
 from emu.errors import BadValue, EmuError, GuestError
 from emu.machine import DEFAULT_SPEED, Machine
@@ -23,6 +25,7 @@ from emu.units import format_size, parse_ram_size
 from emu.workloads import Workload
 from emu.workloads.load import Load
 from emu.workloads.memhog import Memhog
+from emu.workloads.page_fault import PageFault, PageFault1, PageFault2
 from emu.workloads.runner import run
 
 __all__ = ["app"]
@@ -84,11 +87,17 @@ class Common:
     "The guest's transparent huge page setting."
     disable: str = ""
     "Switch features off, as EMU_DISABLE does: uffd,full,sigbus,poison,process_madvise,..."
+    cpus: Whole = 1
+    "The guest's CPUs: they share the per-CPU lists' high mark out."
+    live: bool = False
+    "Watch it: a map of the RAM, curves, rates; ? shows the keys. In a pipe, a line a second."
     as_json: Annotated[bool, Parameter(name="--json")] = False
     "Print one JSON object."
 
 
 def _run(workload: Workload, common: Common) -> RunResult:
+    if common.live and common.as_json:
+        raise BadValue("--live draws where --json prints: give one of the two")
     status = Console(stderr=True, highlight=False)
     with (
         Machine(
@@ -100,9 +109,18 @@ def _run(workload: Workload, common: Common) -> RunResult:
             service=common.service,
             uffd=common.uffd,
             disable=common.disable,
+            cpus=common.cpus,
         ) as machine,
-        status.status("starting") as line,
+        contextlib.ExitStack() as stack,
     ):
+        if common.live:
+            view = stack.enter_context(open_view(machine, f"emu run {workload.name}", Output()))
+            result = run(
+                machine, workload, seed=common.seed, command=_again(), on_step=view.on_step, on_sample=view.on_sample
+            )
+            view.ended()
+            return result
+        line = stack.enter_context(status.status("starting"))
         step = "boot"
 
         def on_step(name: str) -> None:
@@ -160,6 +178,62 @@ def memhog(
     if workload.size > parse_ram_size(common.ram):
         raise BadValue(f"--size {size} is larger than the RAM, {common.ram}")
     return _finish(_run(workload, common), common)
+
+
+def _page_fault(workload: PageFault, common: Common | None) -> int:
+    common = common or Common()
+    workload.check_fits(parse_ram_size(common.ram))
+    return _finish(_run(workload, common), common)
+
+
+@app.command(name="page_fault1")
+def page_fault1(
+    *,
+    size: Size = "128MiB",
+    iterations: Whole = 10,
+    threads: Whole = 1,
+    hold: str = "10s",
+    common: Common | None = None,
+) -> int:
+    """Map anonymous memory, touch each page, unmap, over and over (will-it-scale's page_fault1).
+
+    Parameters
+    ----------
+    size
+        Memory a thread.
+    iterations
+        How often.
+    threads
+        vCPUs that touch, each its own share.
+    hold
+        Guest time to wait at the end.
+    """
+    return _page_fault(PageFault1(size, iterations, threads, hold), common)
+
+
+@app.command(name="page_fault2")
+def page_fault2(
+    *,
+    size: Size = "128MiB",
+    iterations: Whole = 10,
+    threads: Whole = 1,
+    hold: str = "10s",
+    common: Common | None = None,
+) -> int:
+    """The same over a private mapping of a file in the page cache: each write copies its page (page_fault2).
+
+    Parameters
+    ----------
+    size
+        Memory a thread, and of the file.
+    iterations
+        How often.
+    threads
+        vCPUs that touch, each its own share.
+    hold
+        Guest time to wait at the end.
+    """
+    return _page_fault(PageFault2(size, iterations, threads, hold), common)
 
 
 @app.command

@@ -9,7 +9,7 @@
  *   - for the blocks of which a frame changed its state since the last look,
  *   - for those that hold lazily freed frames, which the kernel may drop without an event,
  *   - and for as many others, in rotation, as hold emu_rss_rotate resident pages: what happens behind our back (a stray
- *     madvise, swap) shows after a round, and in a guest of up to 256 MiB resident at once.
+ *     madvise, swap) shows after a round, and in a guest of up to 512 MiB resident at once.
  *
  * So the figure is the kernel's, never that of our books; what may be old is when it was given.  `asked` says how many
  * of the pages were asked about just now, and a look at everything asks about all of them.
@@ -24,7 +24,7 @@
 
 #include <sys/ioctl.h>
 
-uint64_t emu_rss_rotate = 65536; /* resident pages of a look; a test switches the rotation off */
+uint64_t emu_rss_rotate = 131072; /* resident pages of a look; a test switches the rotation off */
 
 /* Blocks [first, end) are asked about anew, at most `most` resident pages of them; returns the end of what was. */
 static int64_t ask(struct emu_region *r, uint64_t first, uint64_t end, uint64_t most, int64_t *asked)

@@ -111,6 +111,14 @@ class PerCpuPages:
     def _order(index: int) -> int:
         return PAGEBLOCK_ORDER if index == _HUGE else index // len(MigrateType)
 
+    def spans(self) -> list[tuple[int, int]]:
+        """Return the frames on the lists as (pfn, count), in no order."""
+        return [
+            (self.buddy.base + (low << self._order(index)), n << self._order(index))
+            for index, blocks in enumerate(self._lists)
+            for low, n in map(_span, blocks.runs)
+        ]
+
     # ---- allocating
 
     def available(self, order: int, migratetype: int) -> int:

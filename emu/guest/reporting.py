@@ -95,7 +95,7 @@ class PageReporting:
 
     def _queue(self) -> None:
         self.next_pass = self._now() + self.delay
-        self._timers.at(self.next_pass, self._process)
+        self._timers.at(self.next_pass, self._process, self)
 
     def _process(self) -> None:
         # page_reporting_process()
@@ -186,6 +186,47 @@ class PageReporting:
         for order, block in reversed(table):
             zone.buddy.putback(order, block, reported=ok)
         table.clear()
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Passes, reports, frames reported, reports that failed."""
+        return {
+            "report_passes": self.passes,
+            "reports": self.reports,
+            "report_pages": self.report_pages,
+            "report_errors": self.report_errors,
+        }
+
+    def stop(self) -> None:
+        """End the worker (page_reporting_unregister): no more requests, and a queued pass isn't run."""
+        self._timers.cancel(self)
+        self.state = ReportingState.IDLE
+        self.next_pass = None
+        for zone in self._zones:
+            zone.buddy.on_free = None
+
+    @property
+    def budget(self) -> int:
+        """Full reports that the next pass may make at most, over all lists that hold unreported blocks."""
+        return sum(
+            -(-nr_free // (CAPACITY * 16)) + 1
+            for zone in self._zones
+            if not self.gated(zone)
+            for nr_free, nr_reported in zip(
+                zone.buddy.nr_free[self.order :], zone.buddy.nr_reported[self.order :], strict=True
+            )
+            if nr_free > nr_reported
+        )
+
+    @property
+    def waiting_reports(self) -> int:
+        """Reports that it takes to tell of all unreported blocks."""
+        blocks = sum(
+            sum(zone.buddy.nr_free[self.order :]) - sum(zone.buddy.nr_reported[self.order :])
+            for zone in self._zones
+            if not self.gated(zone)
+        )
+        return -(-blocks // CAPACITY)
 
     def gated(self, zone: Zone) -> bool:
         """Whether a pass would skip the zone now: too little free memory in it."""

@@ -11,12 +11,17 @@ class Timers:
     """Work that is due at a time; of two at the same time, the one queued first."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._heap: list[tuple[float, int, Callable[[], None], object]] = []
         self._tick = itertools.count()
 
-    def at(self, when: float, work: Callable[[], None]) -> None:
-        """Queue work for guest time `when`, in seconds."""
-        heapq.heappush(self._heap, (when, next(self._tick), work))
+    def at(self, when: float, work: Callable[[], None], owner: object = None) -> None:
+        """Queue work for guest time `when`, in seconds. owner: whose it is, for cancel()."""
+        heapq.heappush(self._heap, (when, next(self._tick), work, owner))
+
+    def cancel(self, owner: object) -> None:
+        """Forget all queued work of an owner (cancel_delayed_work)."""
+        self._heap = [entry for entry in self._heap if entry[3] is not owner]
+        heapq.heapify(self._heap)
 
     @property
     def next_due(self) -> float | None:

@@ -29,8 +29,15 @@ class Mechanism(Protocol):
     def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
         """Wire guest and host together, once, before the guest does anything."""
 
+    def detach(self, guest: GuestKernel, host: Hypervisor) -> None:
+        """Undo attach(): the guest goes on with another mechanism. What was given back stays given back."""
+
     def pending(self, guest: GuestKernel) -> bool:
         """Whether something is still on its way back (Machine.settle waits for it)."""
+
+    def panel(self, guest: GuestKernel, host: Hypervisor) -> list[tuple[str, str]]:
+        """Return what the live view shows of it: at most five lines, label and text, together
+        at most 27 characters."""
 
 
 MECHANISMS: dict[str, type[Mechanism]] = {cls.name: cls for cls in (NoMechanism, Reporting)}

@@ -43,9 +43,17 @@ class Eager:
                 if order == 10
             )
             host.discard.frames(ranges)
-            guest.timers.at(guest.clock.now() + self.period, round_)
+            guest.timers.at(guest.clock.now() + self.period, round_, self)
 
-        guest.timers.at(guest.clock.now() + self.period, round_)
+        guest.timers.at(guest.clock.now() + self.period, round_, self)
+
+    def detach(self, guest: GuestKernel, host: Hypervisor) -> None:
+        """Stop: the round that is queued won't be run."""
+        guest.timers.cancel(self)
+
+    def panel(self, guest: GuestKernel, host: Hypervisor) -> list[tuple[str, str]]:
+        """What the live view shows."""
+        return [("every", f"{self.period:g} s, order 10")]
 
     def pending(self, guest: GuestKernel) -> bool:
         """Nothing to wait for: it goes on for ever."""

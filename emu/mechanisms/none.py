@@ -20,5 +20,11 @@ class NoMechanism:
     def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
         """There is nothing to wire."""
 
+    def detach(self, guest: GuestKernel, host: Hypervisor) -> None:
+        """Nor to undo."""
+
+    def panel(self, guest: GuestKernel, host: Hypervisor) -> list[tuple[str, str]]:
+        return [("gives back", "nothing")]
+
     def pending(self, guest: GuestKernel) -> bool:
         return False

@@ -15,7 +15,7 @@ from emu.guest.balloon import BalloonDriver
 from emu.guest.kernel import GuestKernel
 from emu.guest.reporting import DEFAULT_DELAY, DEFAULT_ORDER, PageReporting, ReportingState
 from emu.host.hypervisor import Hypervisor
-from emu.units import parse_duration
+from emu.units import FRAME_SIZE, format_size, parse_duration
 from emu.virtio.balloon import Feature
 
 __all__ = ["Reporting"]
@@ -69,6 +69,36 @@ class Reporting:
             guest.reporting = PageReporting(
                 guest.zones, guest.timers, guest.clock.now, driver.report, order=self.order, delay=self.delay
             )
+
+    def detach(self, guest: GuestKernel, host: Hypervisor) -> None:
+        """Unbind the driver: the worker stops, the device is reset. Blocks keep their Reported flags, as in Linux."""
+        if guest.reporting is not None:
+            guest.reporting.stop()
+            for name, value in guest.reporting.counters.items():
+                guest.ended[name] = guest.ended.get(name, 0) + value
+            guest.reporting = None
+        host.balloon.reset()
+        host.balloon.assigned_device = False
+
+    def panel(self, guest: GuestKernel, host: Hypervisor) -> list[tuple[str, str]]:
+        """The worker's state, when it runs next, what its budget lets it do, and what it has done."""
+        worker = guest.reporting
+        if worker is None:
+            return [("worker", "none: the driver gave reporting up")]
+        due = worker.next_pass
+        lines = [
+            (
+                "worker",
+                worker.state.name.lower() + ("" if due is None else f", in {max(due - guest.clock.now(), 0.0):.1f} s"),
+            ),
+            ("budget", f"{worker.budget} a pass, {worker.waiting_reports} waiting"),
+            ("reported", format_size(worker.reported_frames * FRAME_SIZE)),
+            ("not yet", format_size(worker.unreported_frames * FRAME_SIZE)),
+            ("passes", f"{worker.passes:,}, reports {worker.reports:,}"),
+        ]
+        if host.balloon.inhibited:
+            lines[4] = ("host", "discards nothing")
+        return lines
 
     def pending(self, guest: GuestKernel) -> bool:
         """Whether a pass is queued or under way."""

@@ -7,9 +7,9 @@ what the guest used.
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from emu.observe.snapshot import Snapshot
+from emu.observe.snapshot import FaultView, Snapshot
 
-__all__ = ["SCHEMA", "Phase", "RunResult"]
+__all__ = ["SCHEMA", "Measure", "Phase", "RunResult"]
 
 SCHEMA = "emu.run/1"
 
@@ -49,6 +49,15 @@ class Phase:
         return self.footprint_bytes / self.guest_used_bytes if self.guest_used_bytes else None
 
 
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Something that a workload measured of itself."""
+
+    value: float
+    unit: str
+    what: str
+
+
 @dataclass(slots=True)
 class RunResult:
     """What `emu run --json` prints."""
@@ -65,6 +74,8 @@ class RunResult:
     phases: list[Phase] = field(default_factory=list)
     counters: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    measures: dict[str, Measure] = field(default_factory=dict)
+    faults: list[FaultView] = field(default_factory=list)
     footprint_byte_seconds: float = 0.0
     used_byte_seconds: float = 0.0
     books_difference: int = 0
@@ -96,6 +107,8 @@ class RunResult:
             "phases": [asdict(phase) | {"bloat": phase.bloat} for phase in self.phases],
             "counters": self.counters,
             "notes": self.notes,
+            "measures": {name: asdict(measure) for name, measure in self.measures.items()},
+            "fault_latency": [asdict(view) for view in self.faults],
             "footprint_byte_seconds": self.footprint_byte_seconds,
             "bloat": self.bloat,
             "books_difference_bytes": self.books_difference,

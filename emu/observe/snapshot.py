@@ -8,12 +8,14 @@ lazily freed pages by itself, negative by those.
 from dataclasses import dataclass
 
 from emu.guest.kernel import GuestKernel
+from emu.histogram import Histogram
 from emu.host.hypervisor import Hypervisor
+from emu.observe.pagemap import PageMap, take_page_map
 from emu.observe.vmstat import read_vmstat
 from emu.ram import FrameState
 from emu.units import FRAME_SIZE
 
-__all__ = ["ReportingView", "Snapshot", "take_snapshot"]
+__all__ = ["FaultView", "ReportingView", "Snapshot", "take_snapshot"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +29,28 @@ class ReportingView:
 
 
 @dataclass(frozen=True, slots=True)
+class FaultView:
+    """Faults: who serves them and where, and how long sampled ones took, in ns (the floor of a histogram's bucket)."""
+
+    kind: str
+    service: str
+    placement: str
+    samples: int
+    p50: int
+    p99: int
+    max: int
+
+    @classmethod
+    def of(cls, kind: str, service: str, placement: str, latency: Histogram) -> "FaultView":
+        return cls(kind, service, placement, latency.count, latency.percentile(50), latency.percentile(99), latency.max)
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """A machine at guest time t (seconds). All sizes are bytes."""
 
     t: float
+    clock: str
     mechanism: str
     ram_bytes: int
     guest_used_bytes: int
@@ -38,6 +58,8 @@ class Snapshot:
     guest_free_bytes: int
     guest_pcp_bytes: int
     rss_bytes: int
+    #: whether all of rss_bytes was asked of the kernel for this snapshot (csrc/rss.c)
+    rss_exact: bool
     lazyfree_bytes: int
     footprint_bytes: int
     books_bytes: int
@@ -47,7 +69,12 @@ class Snapshot:
     free_area: tuple[int, ...]
     reported_area: tuple[int, ...]
     reporting: ReportingView | None
+    #: the mechanism's own lines for a viewer: label, text
+    panel: tuple[tuple[str, str], ...]
+    write_faults: FaultView
+    read_faults: FaultView
     counters: dict[str, int]
+    page_map: PageMap | None
 
     @property
     def books_difference(self) -> int:
@@ -55,27 +82,53 @@ class Snapshot:
         return self.rss_bytes - self.books_bytes
 
 
-def take_snapshot(t: float, mechanism: str, guest: GuestKernel, host: Hypervisor) -> Snapshot:
+def _placement(host: Hypervisor) -> str:
+    if host.ram.service == "thread":
+        return "any core" if host.ram.service_cpu is None else f"core {host.ram.service_cpu}"
+    return "the faulting vCPU's core"
+
+
+def take_snapshot(
+    guest: GuestKernel,
+    host: Hypervisor,
+    *,
+    t: float,
+    clock: str,
+    mechanism: str,
+    panel: list[tuple[str, str]],
+    exact: bool = False,
+    cells: int = 0,
+) -> Snapshot:
     """Take a picture.
 
-    Our own books cost one native call and no walk; smaps costs the kernel a walk over all that the process has mapped.
+    Our own books cost one native call and no walk. RSS costs what GuestRam.look() does, or, exact, a walk of smaps over
+    all that the process has mapped.
     """
+    ram = host.ram
     counters = read_vmstat(guest, host)
-    look = host.ram.look()
+    if exact:
+        smaps = ram.smaps()
+        rss, lazyfree, rss_exact = smaps.rss, smaps.lazyfree, True
+    else:
+        look = ram.look()
+        rss, lazyfree, rss_exact = look.rss, look.lazyfree, look.exact
     states = {state.name.lower(): counters[f"nr_{state.name.lower()}"] * FRAME_SIZE for state in FrameState}
     reporting = guest.reporting
     orders = range(len(guest.zones[0].buddy.nr_free))
+    service, placement = ram.service, _placement(host)
     return Snapshot(
         t=t,
+        clock=clock,
         mechanism=mechanism,
         ram_bytes=guest.ram_bytes,
         guest_used_bytes=guest.used_bytes,
         guest_cached_bytes=guest.cached_bytes,
         guest_free_bytes=guest.free_bytes,
         guest_pcp_bytes=guest.pcp_bytes,
-        rss_bytes=look.rss,
-        lazyfree_bytes=look.lazyfree,
-        footprint_bytes=look.rss + host.ram.table_bytes,
+        rss_bytes=rss,
+        rss_exact=rss_exact,
+        lazyfree_bytes=lazyfree,
+        footprint_bytes=rss + ram.table_bytes,
         books_bytes=states["resident"] + states["lazy"],
         states=states,
         free_area=tuple(sum(zone.buddy.nr_free[order] for zone in guest.zones) for order in orders),
@@ -88,5 +141,9 @@ def take_snapshot(t: float, mechanism: str, guest: GuestKernel, host: Hypervisor
             reported_bytes=reporting.reported_frames * FRAME_SIZE,
             unreported_bytes=reporting.unreported_frames * FRAME_SIZE,
         ),
+        panel=tuple(panel),
+        write_faults=FaultView.of("write", service, placement, ram.latency(write=True)),
+        read_faults=FaultView.of("read", service, placement, ram.latency(write=False)),
         counters=counters,
+        page_map=take_page_map(guest, ram, cells) if cells else None,
     )

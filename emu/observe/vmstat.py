@@ -14,10 +14,10 @@ def read_vmstat(guest: GuestKernel, host: Hypervisor) -> dict[str, int]:
     """
     counters = {f"guest_{name}": value for name, value in guest.vmstat.items()}
     if guest.reporting is not None:
-        counters["report_passes"] = guest.reporting.passes
-        counters["reports"] = guest.reporting.reports
-        counters["report_pages"] = guest.reporting.report_pages
-        counters["report_errors"] = guest.reporting.report_errors
+        # workers that were there before it have left theirs with the guest
+        counters |= {name: value + guest.ended.get(name, 0) for name, value in guest.reporting.counters.items()}
+    else:
+        counters |= guest.ended
     counters |= host.balloon.counters
     counters["return_offered"] = host.discard.offered
     counters["return_taken"] = host.discard.taken

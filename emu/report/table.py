@@ -7,25 +7,24 @@ from rich.table import Table
 from rich.text import Text
 
 from emu.observe.result import Phase, RunResult
-from emu.units import format_size, seconds_text
+from emu.units import format_size, mib_text, seconds_text
 
 __all__ = ["print_run"]
 
 
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):,.1f}"
+def _served(service: str, where: str) -> str:
+    return {
+        "inline": "inline (SIGBUS in the faulting thread)",
+        "thread": f"by a thread on {where}",
+        "off": "by the kernel",
+    }[service]
 
 
 def _foot(result: RunResult) -> list[str]:
     machine, env = result.machine, result.environment
     service = machine["service"]
-    if service == "thread":
-        where = "any core" if machine["service_cpu"] is None else f"core {machine['service_cpu']}"
-        faults = f"faults by a thread on {where}"
-    elif service == "inline":
-        faults = "faults inline (SIGBUS in the faulting thread)"
-    else:
-        faults = "faults by the kernel"
+    where = "any core" if machine["service_cpu"] is None else f"core {machine['service_cpu']}"
+    faults = f"faults {_served(service, where)}"
     settings = ",".join(f"{key}={value}" for key, value in result.settings.items() if value is not None)
     pcp = result.phases[-1].guest_pcp_bytes
     lines = [
@@ -41,13 +40,20 @@ def _foot(result: RunResult) -> list[str]:
     ]
     if pcp:
         lines.append(
-            f"per-CPU lists hold {_mib(pcp)} MiB at the end: freed, but out of reporting's sight (as in Linux)"
+            f"per-CPU lists hold {mib_text(pcp)} MiB at the end: freed, but out of reporting's sight (as in Linux)"
         )
     if machine["on_return"] == "lazy":
         lines.append(
             f"{result.counters['lazyfree_frames']:,} frames lazily freed, "
             f"{result.counters['lazydrop_frames']:,} of them dropped"
         )
+    for view in result.faults:
+        lines.append(
+            f"{view.kind} faults: p50 {view.p50 / 1e3:.1f}, p99 {view.p99 / 1e3:.1f}, max {view.max / 1e3:.1f} us "
+            f"({view.samples:,} timed, one in eight; served {_served(view.service, view.placement)})"
+        )
+    for measure in result.measures.values():
+        lines.append(f"{measure.value:,.1f} {measure.unit}: {measure.what}")
     lines += result.notes
     lines.append(f"again: {result.command}")
     return lines
@@ -56,10 +62,10 @@ def _foot(result: RunResult) -> list[str]:
 # column: heading, unit, text of a phase. Those at the end of _EXPENDABLE go first on a narrow terminal.
 _COLUMNS: dict[str, tuple[str, Callable[[Phase], str]]] = {
     "t": ("h:m:s", lambda p: seconds_text(p.t)),
-    "used": ("MiB", lambda p: _mib(p.guest_used_bytes)),
-    "RSS": ("MiB", lambda p: _mib(p.rss_bytes)),
-    "LazyFree": ("MiB", lambda p: _mib(p.lazyfree_bytes)),
-    "footprint": ("MiB", lambda p: _mib(p.footprint_bytes)),
+    "used": ("MiB", lambda p: mib_text(p.guest_used_bytes)),
+    "RSS": ("MiB", lambda p: mib_text(p.rss_bytes)),
+    "LazyFree": ("MiB", lambda p: mib_text(p.lazyfree_bytes)),
+    "footprint": ("MiB", lambda p: mib_text(p.footprint_bytes)),
     "bloat": ("x", lambda p: "-" if p.bloat is None else f"{p.bloat:.2f}"),
 }
 _EXPENDABLE = ("LazyFree", "footprint", "bloat", "t")

@@ -32,6 +32,8 @@ class ReferenceMemory:
                     self.pages[gfn] = bytes([arg]) * FRAME_SIZE
                 elif op is Op.FILL:
                     self.pages[gfn] = _native.content(arg, key + gfn - first)
+                elif op is Op.COPY:
+                    self.pages[gfn] = self.pages.get(key + gfn - first, _ZEROS)
                 elif op is Op.VERIFY and self.pages.get(gfn, _ZEROS) != _native.content(arg, key + gfn - first):
                     bad.append(gfn)
         return bad
@@ -87,6 +89,9 @@ class BytesMemory:
                     self.data[page] = bytes([arg]) * FRAME_SIZE
                 elif op is Op.FILL:
                     self.data[page] = _native.content(arg, key + gfn - first)
+                elif op is Op.COPY:
+                    start = (key + gfn - first) * FRAME_SIZE
+                    self.data[page] = self.data[start : start + FRAME_SIZE]
                 elif op is Op.VERIFY and self.data[page] != _native.content(arg, key + gfn - first):
                     bad.append(gfn)
         return bad

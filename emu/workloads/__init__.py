@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from emu.machine import Machine
+from emu.observe.result import Measure
 
 __all__ = ["Step", "Workload"]
 
@@ -31,6 +32,9 @@ class Workload(Protocol):
 
     def steps(self, machine: Machine) -> Iterator[Step]:
         """Work on the machine's guest, yielding after each step."""
+
+    def measures(self) -> dict[str, Measure]:
+        """Return what it measured of itself, by name; called when it has ended."""
 
     def parameters(self) -> dict[str, Any]:
         """Return the parameters, for the result."""

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from emu.errors import BadValue
-from emu.guest.process import Mapping, Process
+from emu.guest.process import Process
+from emu.guest.vma import Mapping
 from emu.machine import Machine
+from emu.observe.result import Measure
 from emu.units import FRAME_SIZE, format_size, parse_duration
 from emu.workloads import Step
 
@@ -109,6 +111,9 @@ class Load:
         self.verified_frames += frames
         if digest.digest() != file.digest:
             self.corrupt_frames += frames
+
+    def measures(self) -> dict[str, Measure]:
+        return {}
 
     def steps(self, machine: Machine) -> Iterator[Step]:
         yield Step("boot")

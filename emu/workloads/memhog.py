@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from emu.errors import BadValue
 from emu.machine import Machine
+from emu.observe.result import Measure
 from emu.units import format_size, parse_duration, parse_ram_size
 from emu.workloads import Step
 
@@ -34,6 +35,9 @@ class Memhog:
 
     def parameters(self) -> dict[str, Any]:
         return {"size": self.size, "rounds": self.rounds, "hold": self.hold, "thp": self.thp}
+
+    def measures(self) -> dict[str, Measure]:
+        return {}
 
     def steps(self, machine: Machine) -> Iterator[Step]:
         if self.size > machine.guest.ram_bytes:

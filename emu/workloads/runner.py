@@ -17,10 +17,14 @@ from emu.observe.snapshot import Snapshot
 from emu.units import FRAME_SIZE, format_size
 from emu.workloads import Step, Workload
 
-__all__ = ["run"]
+__all__ = ["Stopped", "run"]
 
 _SAMPLE = 1.0  # guest seconds
 _MOST_SAMPLES = 200  # of one wait
+
+
+class Stopped(Exception):
+    """Raised by whoever watches a run: end it here. Its rows so far are its result."""
 
 
 def _notes(machine: Machine) -> list[str]:
@@ -60,11 +64,12 @@ def run(
         environment=environment(),
         command=command,
     )
-    last = machine.snapshot()
+    last = machine.snapshot(exact=True)
+    first_mechanism = machine.mechanism
 
-    def sample() -> Snapshot:
+    def sample(*, exact: bool = False) -> Snapshot:
         nonlocal last
-        now = machine.snapshot()
+        now = machine.snapshot(exact=exact)
         passed = now.t - last.t
         result.footprint_byte_seconds += passed * (now.footprint_bytes + last.footprint_bytes) / 2
         result.used_byte_seconds += passed * (now.guest_used_bytes + last.guest_used_bytes) / 2
@@ -81,20 +86,32 @@ def run(
 
     try:
         for step in steps():
-            sample()
+            sample(exact=not step.wait)
             end = last.t + step.wait
             every = max(_SAMPLE, step.wait / _MOST_SAMPLES)
             while (left := end - machine.clock.now()) > 0:
                 machine.run_for(min(left, every))
                 sample()
+            if step.wait:
+                sample(exact=True)
             result.phases.append(Phase.of(step.name, last))
             on_step(step.name)
+    except Stopped:
+        sample(exact=True)
+        result.phases.append(Phase.of("stopped", last))
+        result.notes.append("stopped before its end")
     except GuestError as error:  # the guest failed, not the run: its rows so far are worth having
-        sample()
+        sample(exact=True)
         result.phases.append(Phase.of("failed", last))
         result.error = str(error) + ("; give the guest more: --ram" if isinstance(error, OutOfMemory) else "")
     result.counters = last.counters
+    result.faults = [view for view in (last.write_faults, last.read_faults) if view.samples]
+    result.measures = workload.measures()
     result.notes += _notes(machine)
+    if machine.mechanism is not first_mechanism:
+        result.notes.append(f"the mechanism was switched during the run, at last to {machine.mechanism.name}")
+    if machine.clock.name != result.machine["clock"]:
+        result.notes.append(f"guest time was made to run at another speed, at last {machine.clock.name}")
     result.books_difference = last.books_difference
     result.verified_frames = workload.verified_frames
     result.corrupt_frames = workload.corrupt_frames

@@ -1,0 +1,363 @@
+"""The live view as lines of text: what a machine looks like now, composed from snapshots for a terminal of any size.
+
+Pure: the same state gives the same lines. Everything that a line shows comes from the snapshot or from what has been
+kept of earlier ones, so that a live run and a recorded one look alike.
+
+Sizes are MiB with one decimal, as in the final table: at the end of a run the two show the same digits.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rich.text import Text
+
+from emu.observe.snapshot import Snapshot
+from emu.report.cells import Cell, legend, map_rows
+from emu.report.curves import Series, plot
+from emu.units import format_size, mib_text, seconds_text
+
+__all__ = ["MINUTE", "LiveState", "Sample", "compose", "map_cells", "plain_line"]
+
+MINUTE = 60.0  # guest seconds that the curves show
+_RATE_OVER = 2.0  # guest seconds
+_FIXED = 12  # lines that are neither map nor events
+
+KEYS = "q quit  space pause  +/- speed  s one pass  m mechanism  ? help"
+HELP = """\
+q      stop the run; its table is printed
+space  pause: the guest and its clock stand still; again: go on
++ -    guest time twice or half as fast
+s      on to the end of the next reporting pass, and pause there
+m      the next mechanism, on the same state
+?      this page
+
+Map: a cell is a letter for what most of its frames are, capital when all
+are, small when it is mixed (a comma for a dot). What the host doesn't hold
+is a dot, whoever has it in the guest.
+RSS and LazyFree are the kernel's. RSS~: of a large guest, asked where
+something may have changed, and in rotation elsewhere.
+books: RSS minus what our frame states say. It must be 0.
+Rates are per guest second, over the last two. Latencies are of one fault
+in eight, as the faulting vCPU saw it.
+The view stops the guest's clock while it looks and draws: that takes wall
+time, and none of the guest's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What is kept of a snapshot for curves and rates."""
+
+    t: float
+    rss: int
+    used: int
+    footprint: int
+    faults: int
+    reports: int
+    returned: int
+
+    @classmethod
+    def of(cls, s: Snapshot) -> "Sample":
+        counters = s.counters
+        return cls(
+            s.t,
+            s.rss_bytes,
+            s.guest_used_bytes,
+            s.footprint_bytes,
+            counters["pgfault"],
+            counters.get("reports", 0),
+            counters["discard_frames"] * 4096,
+        )
+
+
+@dataclass(slots=True)
+class LiveState:
+    """What the view is composed of."""
+
+    title: str
+    snapshot: Snapshot | None = None
+    history: deque[Sample] = field(default_factory=deque)
+    #: (guest time, what), newest last
+    events: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=50))
+    status: str = "running"
+    message: str = ""
+    help: bool = False
+    #: seconds: of one look, of all, and of the run; and how many
+    look_seconds: float = 0.0
+    looked_seconds: float = 0.0
+    run_seconds: float = 0.0
+    looks: int = 0
+    unicode: bool = True
+
+    def add(self, snapshot: Snapshot) -> None:
+        """Take a new snapshot; of the history, the last minute and one sample before it stay."""
+        self.snapshot = snapshot
+        if self.history and snapshot.t < self.history[-1].t:
+            self.history.clear()
+        self.history.append(Sample.of(snapshot))
+        while len(self.history) > 1 and self.history[1].t <= snapshot.t - MINUTE:
+            self.history.popleft()
+
+    def rates(self) -> Sample | None:
+        """Return faults, reports and bytes given back per guest second; None before any has passed."""
+        if not self.history:
+            return None
+        last = self.history[-1]
+        first = last
+        for sample in reversed(self.history):
+            first = sample
+            if last.t - sample.t >= _RATE_OVER:
+                break
+        passed = last.t - first.t
+        if passed <= 0:
+            return None
+
+        def per_second(new: int, old: int) -> int:
+            return round((new - old) / passed)
+
+        return Sample(
+            passed,
+            0,
+            0,
+            0,
+            per_second(last.faults, first.faults),
+            per_second(last.reports, first.reports),
+            per_second(last.returned, first.returned),
+        )
+
+
+def _widths(width: int) -> tuple[int, int]:
+    # of the map and of the curves, with " | " between
+    curves = min(max(width * 36 // 100, 24), 72)
+    return max(width - curves - 3, 8), curves
+
+
+def _map_height(height: int) -> int:
+    events = max(height // 10, 2)
+    return max(height - _FIXED - events, 1)
+
+
+def map_cells(width: int, height: int) -> int:
+    """Return how many cells of a map there is room for."""
+    return _widths(width)[0] * _map_height(height)
+
+
+def _line(parts: Sequence[tuple[str, str]]) -> Text:
+    text = Text(no_wrap=True, overflow="crop")
+    for part, style in parts:
+        text.append(part, style)
+    return text
+
+
+def _cells(row: Sequence[Cell]) -> list[tuple[str, str]]:
+    # neighbours of one style as one part
+    parts: list[tuple[str, str]] = []
+    for char, style in row:
+        if parts and parts[-1][1] == style:
+            parts[-1] = (parts[-1][0] + char, style)
+        else:
+            parts.append((char, style))
+    return parts
+
+
+def _rule(texts: Sequence[tuple[int, str]], width: int, state: LiveState) -> Text:
+    # headings at columns, in a line
+    line = ["─" if state.unicode else "-"] * width
+    for column, text in texts:
+        for i, char in enumerate(f" {text} " if text else "", start=column):
+            if 0 <= i < width:
+                line[i] = char
+    return _line([("".join(line), "dim")])
+
+
+def _title(state: LiveState, s: Snapshot | None, width: int) -> Text:
+    right = "" if s is None else f"{format_size(s.ram_bytes)}  t {seconds_text(s.t)} {s.clock}  {state.status} "
+    left = f" {state.title} "
+    left = left[: max(width - len(right), 0)]
+    return _line([(left.ljust(width - len(right)) + right, "reverse")])
+
+
+def _head(s: Snapshot, width: int) -> Text:
+    bloat = "-" if not s.guest_used_bytes else f"{s.footprint_bytes / s.guest_used_bytes:.2f}x"
+    books = s.books_difference
+    parts = [
+        (" RSS ", "dim"),
+        (mib_text(s.rss_bytes), "bold"),
+        ("" if s.rss_exact else "~", ""),
+        (" + tables ", "dim"),
+        (mib_text(s.footprint_bytes - s.rss_bytes), ""),
+        (" = footprint ", "dim"),
+        (mib_text(s.footprint_bytes), "bold"),
+        ("  used ", "dim"),
+        (mib_text(s.guest_used_bytes), "bold"),
+        ("  bloat ", "dim"),
+        (bloat, ""),
+        ("  books ", "dim"),
+        (f"{books:+,}" if books else "0", "" if books <= 0 else "bold red"),
+    ]
+    more = [
+        ("  LazyFree ", "dim"),
+        (mib_text(s.lazyfree_bytes), ""),
+        ("  cached ", "dim"),
+        (mib_text(s.guest_cached_bytes), ""),
+        ("  (MiB)", "dim"),
+    ]
+    line = _line(parts)
+    for i in range(0, len(more), 2):
+        extra = _line(more[i : i + 2])
+        if line.cell_len + extra.cell_len <= width:
+            line.append_text(extra)
+    return line
+
+
+def _curves(state: LiveState, s: Snapshot, width: int, height: int) -> list[list[tuple[str, str]]]:
+    label = 6
+    top = max([sample.footprint for sample in state.history] + [sample.used for sample in state.history] + [1 << 20])
+    marks = ("━", "┃", "┄", "┊", "·", "·") if state.unicode else ("#", "#", "-", ":", ".", ".")
+    series = [
+        Series([(h.t, h.footprint) for h in state.history], marks[4], marks[5], "dim"),
+        Series([(h.t, h.used) for h in state.history], marks[2], marks[3], "green"),
+        Series([(h.t, h.rss) for h in state.history], marks[0], marks[1], "bold"),
+    ]
+    plotted = max(height - 1, 1)
+    rows = plot(series, start=s.t - MINUTE, end=s.t, top=top, width=max(width - label, 1), height=plotted)
+    axis = "┤" if state.unicode else "|"
+    lines = []
+    for i, row in enumerate(rows):
+        value = top if i == 0 else 0 if i == plotted - 1 else top // 2 if i == (plotted - 1) // 2 else None
+        text = "" if value is None else _short(value)
+        lines.append([(f"{text:>{label - 1}}{axis}", "dim"), *_cells(row)])
+    if height > 1:
+        foot = "-60s"
+        lines.append([(" " * label + foot + "now".rjust(max(width - label - len(foot), 4)), "dim")])
+    return lines
+
+
+def _short(size: float) -> str:
+    for unit, power in (("T", 40), ("G", 30), ("M", 20)):
+        if size >= 1 << power:
+            value = size / (1 << power)
+            return f"{value:.0f}{unit}" if value >= 100 else f"{value:.1f}{unit}"
+    return "0" if not size else f"{size / 1024:.0f}K"
+
+
+def _microseconds(ns: int) -> str:
+    return f"{ns / 1000:.1f}" if ns < 100_000 else f"{ns / 1000:.0f}"
+
+
+def _rates(state: LiveState, s: Snapshot) -> list[tuple[str, str]]:
+    rates = state.rates()
+    write = s.write_faults
+    latency = "none yet"
+    if write.samples:
+        latency = f"p50 {_microseconds(write.p50)} p99 {_microseconds(write.p99)}"
+    return [
+        ("faults/s", "-" if rates is None else f"{rates.faults:,}"),
+        ("reports/s", "-" if rates is None else f"{rates.reports:,}"),
+        ("back MiB/s", "-" if rates is None else mib_text(rates.returned)),
+        ("write us", latency),
+        (write.service, {"inline": "on the vCPU's core", "off": "by the kernel"}.get(write.service, write.placement)),
+    ]
+
+
+def _blocks(s: Snapshot) -> list[tuple[str, str]]:
+    def orders(first: int, last: int) -> str:
+        return " ".join(f"{n:,}" for n in s.free_area[first : last + 1])
+
+    reported = sum(n << order for order, n in enumerate(s.reported_area)) * 4096
+    free = sum(n << order for order, n in enumerate(s.free_area)) * 4096
+    return [
+        ("order 0-3", orders(0, 3)),
+        ("4-7", orders(4, 7)),
+        ("8-10", orders(8, 10)),
+        ("per-CPU", mib_text(s.guest_pcp_bytes)),
+        ("reported", f"{mib_text(reported)}/{mib_text(free)}"),
+    ]
+
+
+def _panels(columns: Sequence[tuple[int, Sequence[tuple[str, str]]]], lines: int) -> list[Text]:
+    result = []
+    for i in range(lines):
+        parts: list[tuple[str, str]] = []
+        for width, rows in columns:
+            label, value = rows[i] if i < len(rows) else ("", "")
+            text = f" {label} "
+            parts.append((text[:width], "dim"))
+            parts.append((value[: max(width - len(text), 0)].ljust(max(width - len(text), 0)), ""))
+        result.append(_line(parts))
+    return result
+
+
+def compose(state: LiveState, width: int, height: int) -> list[Text]:
+    """Return the lines of the view: at most `height`, none longer than `width`."""
+    s = state.snapshot
+    lines = [_title(state, s, width)]
+    if state.help:
+        lines += [_line([(" " + line, "")]) for line in HELP.splitlines()]
+    elif s is None:
+        lines.append(_line([(" starting", "dim")]))
+    else:
+        map_width, curve_width = _widths(width)
+        rows = _map_height(height)
+        lines.append(_head(s, width))
+        cell = "" if s.page_map is None else format_size(s.page_map.cell_frames * 4096)
+        lines.append(
+            _rule(
+                [(1, f"map: {cell} a cell, small: mixed"), (map_width + 2, "RSS, used, footprint: 60 s")], width, state
+            )
+        )
+        cells = [] if s.page_map is None else map_rows(s.page_map, map_width)
+        curves = _curves(state, s, curve_width, rows)
+        bar = "│" if state.unicode else "|"
+        for i in range(rows):
+            row = cells[i] if i < len(cells) else []
+            pad = " " * (map_width - len(row))
+            lines.append(_line([*_cells(row), (f"{pad} {bar} ", "dim"), *curves[i]]))
+        parts: list[tuple[str, str]] = []
+        for (char, style), what in [] if s.page_map is None else legend(s.page_map):
+            parts += [(f" {char}", style), (f" {what} ", "dim")]
+        lines.append(_line(parts))
+        third = width * 27 // 80
+        columns = [(width * 29 // 80, s.panel), (third, _rates(state, s))]
+        columns.append((width - sum(w for w, _ in columns), _blocks(s)))
+        lines.append(
+            _rule(
+                [
+                    (1, f"mechanism: {s.mechanism}"),
+                    (columns[0][0], "by guest time"),
+                    (columns[0][0] + third, "free blocks, MiB"),
+                ],
+                width,
+                state,
+            )
+        )
+        lines += _panels(columns, 5)
+        share = state.looked_seconds / state.run_seconds * 100 if state.run_seconds else 0.0
+        cost = f"watching: {state.look_seconds * 1e3:.1f} ms a look, {share:.1f} % of the run, no guest time"
+        lines.append(_rule([(1, "events"), (max(width - len(cost) - 3, 10), cost)], width, state))
+        room = max(height - len(lines) - 1, 0)
+        recent = list(state.events)[-room:] if room else []
+        lines += [_line([(f" {seconds_text(t):>7} ", "dim"), (what, "")]) for t, what in recent]
+    lines = lines[: height - 1] if height > 1 else lines[:1]
+    while len(lines) < height - 1:
+        lines.append(_line([("", "")]))
+    if height > 1:
+        lines.append(_line([(f" {state.message}", "bold") if state.message else (f" {KEYS}", "dim")]))
+    for line in lines:
+        line.truncate(width)
+    return lines
+
+
+def plain_line(state: LiveState) -> str:
+    """Return the state as one line, for a pipe. Sizes are MiB."""
+    s = state.snapshot
+    if s is None:
+        return ""
+    rates = state.rates()
+    per_second = "" if rates is None else f"  faults/s {rates.faults:,}  back/s {mib_text(rates.returned)}"
+    latency = f"  fault p50 {_microseconds(s.write_faults.p50)} us" if s.write_faults.samples else ""
+    return (
+        f"t {seconds_text(s.t):>7}  RSS {mib_text(s.rss_bytes):>8}{'' if s.rss_exact else '~'}  "
+        f"used {mib_text(s.guest_used_bytes):>8}  footprint {mib_text(s.footprint_bytes):>8}  "
+        f"books {s.books_difference}  {s.mechanism}{per_second}{latency}"
+    )
