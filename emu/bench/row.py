@@ -36,5 +36,5 @@ class Row:
     second_thread: bool = False
     #: the measuring thread and its helpers may use both cores
     both: bool = False
-    #: rounds of this row are slow: no more than so many
-    most_rounds: int = 1000
+    #: say by how much the two differ, in the row's unit
+    difference: bool = False

@@ -42,6 +42,12 @@ class RowResult:
         return estimate(ratios) if ratios else None
 
     @property
+    def difference(self) -> Estimate | None:
+        """Ours minus the reference, round by round; None in an absolute row."""
+        differences = [ours - reference for ours, reference in self.samples if reference is not None]
+        return estimate(differences) if differences else None
+
+    @property
     def judged(self) -> Estimate:
         """What the target is about: the ratio, or ours where there is no reference."""
         return self.ratio or self.ours
@@ -70,6 +76,7 @@ class RowResult:
         if self.error is not None:
             return facts | {"error": self.error}
         reference, ratio = self.reference, self.ratio
+        by = self.difference if row.difference else None
         return facts | {
             "rounds": len(self.samples),
             "ours": self.ours.median,
@@ -78,6 +85,7 @@ class RowResult:
             "spread": self.judged.spread,
             "interval": [self.judged.low, self.judged.high],
             "confidence": self.judged.confidence,
+            "difference": [by.median, by.low, by.high] if by else None,
             "met": self.met,
             "samples": [list(sample) for sample in self.samples],
         }
@@ -88,7 +96,7 @@ def run_row(row: Row, stage: Stage, rounds: int) -> RowResult:
     samples: list[tuple[float, float | None]] = []
     try:
         with stage.placed(second_thread=row.second_thread, both=row.both), row.open(stage) as sides:
-            for i in range(-1, min(rounds, row.most_rounds)):
+            for i in range(-1, rounds):
                 gc.collect()
                 if sides.reference is None:
                     sample: tuple[float, float | None] = (sides.ours(), None)

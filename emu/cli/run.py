@@ -2,18 +2,13 @@
 
 import contextlib
 import json
-import os
-import shlex
-import shutil
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import App, Parameter, Token
+from cyclopts import App, Parameter
 from rich.console import Console
 
+from emu.cli.command import again, whole
 from emu.cli.live import open_view
 from emu.cli.output import Output
 from emu.errors import BadValue, EmuError, GuestError
@@ -38,30 +33,7 @@ def _mechanisms_help() -> str:
     return f"NAME[:key=value,...]: {', '.join(known)}."
 
 
-def _again() -> str:
-    # the command as it was given, with what it took from the environment
-    program = Path(sys.argv[0])
-    if program.name == "__main__.py":
-        words = ["python", "-m", "emu"]
-    elif (found := shutil.which(program.name)) and Path(found).resolve() == program.resolve():
-        words = [program.name]
-    else:
-        near = program.is_absolute() and program.is_relative_to(Path.cwd())
-        words = [str(program.relative_to(Path.cwd()) if near else program)]
-    command = shlex.join([*words, *sys.argv[1:]])
-    off = os.environ.get("EMU_DISABLE")
-    return f"EMU_DISABLE={shlex.quote(off)} {command}" if off else command
-
-
-def _whole(type_: object, tokens: Sequence[Token]) -> int:
-    # the parser would round 1.5
-    try:
-        return int(tokens[0].value)
-    except ValueError:
-        raise BadValue(f"{tokens[0].keyword} {tokens[0].value!r} isn't a whole number") from None
-
-
-Whole = Annotated[int, Parameter(converter=_whole)]
+Whole = Annotated[int, Parameter(converter=whole)]
 Size = Annotated[str, Parameter(allow_leading_hyphen=True)]
 
 
@@ -116,7 +88,7 @@ def _run(workload: Workload, common: Common) -> RunResult:
         if common.live:
             view = stack.enter_context(open_view(machine, f"emu run {workload.name}", Output()))
             result = run(
-                machine, workload, seed=common.seed, command=_again(), on_step=view.on_step, on_sample=view.on_sample
+                machine, workload, seed=common.seed, command=again(), on_step=view.on_step, on_sample=view.on_sample
             )
             view.ended()
             return result
@@ -131,7 +103,7 @@ def _run(workload: Workload, common: Common) -> RunResult:
             machine,
             workload,
             seed=common.seed,
-            command=_again(),
+            command=again(),
             on_step=on_step,
             on_sample=lambda s: line.update(
                 f"after {step}: guest uses {format_size(s.guest_used_bytes)}, RSS {format_size(s.rss_bytes)}"

@@ -58,6 +58,14 @@ def _cgroup_limit() -> int | None:
     return min(limits, default=None)
 
 
+def _cpu_model() -> str:
+    for line in (_read("/proc/cpuinfo") or "").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return " ".join(value.split())
+    return platform.processor() or platform.machine()
+
+
 def environment() -> dict[str, Any]:
     """Return the facts about this machine that bear on a measurement. Sizes are bytes; None = no limit."""
     rlimit = resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -66,6 +74,7 @@ def environment() -> dict[str, Any]:
         "kernel": platform.release(),
         "machine": platform.machine(),
         "python": platform.python_version(),
+        "cpu": _cpu_model(),
         "cpus": len(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().total,
         "swap_bytes": psutil.swap_memory().total,

@@ -1,0 +1,127 @@
+"""emu bench: what emu's operations cost beside the bare system calls, here and now."""
+
+import datetime
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from emu.bench.compare import compare, machines_differ
+from emu.bench.reference import SOURCES, Reference
+from emu.bench.row import Row
+from emu.bench.rows import ROWS
+from emu.bench.runner import SCHEMA, run_rows
+from emu.bench.spread import Estimate, estimate
+from emu.bench.stage import Stage
+from emu.cli.command import again, whole
+from emu.cli.output import Output
+from emu.errors import BadValue, EmuError
+from emu.observe.environment import environment
+from emu.report.bench import print_bench, print_changes
+
+__all__ = ["bench"]
+
+
+def _chosen(names: tuple[str, ...]) -> list[Row]:
+    for name in names:
+        if not any(name in row.name for row in ROWS):
+            raise BadValue(f"no row has {name!r} in its name: {', '.join(row.name for row in ROWS)}")
+    return [row for row in ROWS if not names or any(name in row.name for name in names)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        bench = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadValue(f"{path} can't be read as a bench: {error}") from None
+    if not isinstance(bench, dict):
+        raise BadValue(f"{path} isn't a bench")
+    return bench
+
+
+def _flat(value: Estimate | None) -> tuple[float, float, float] | None:
+    return None if value is None else (value.median, value.low, value.high)
+
+
+def bench(
+    *names: str,
+    rounds: Annotated[int, Parameter(converter=whole)] = 10,
+    compare_with: Annotated[Path | None, Parameter(name="--compare")] = None,
+    output: Annotated[Path | None, Parameter(name=["-o", "--output"])] = None,
+    check: bool = False,
+    as_json: Annotated[bool, Parameter(name="--json")] = False,
+) -> int:
+    """Measure emu beside plain C loops of system calls, by turns, and print medians with their intervals.
+
+    Parameters
+    ----------
+    names
+        Only rows with one of these in their names.
+    rounds
+        Of each row; at least 10 for an interval worth having.
+    compare_with
+        An earlier result: say what changed beyond the two intervals.
+    output
+        Where to write the result; benchmarks/results/ of the clone by default, when all rows are measured.
+    check
+        Exit with 1 if a target isn't met, or, with --compare, a row got worse.
+    as_json
+        Print the result as JSON instead of a table.
+    """
+    if not 2 <= rounds <= 1000:
+        raise BadValue(f"rounds {rounds!r} must be from 2 to 1000")
+    rows = _chosen(names)
+    old = None if compare_with is None else _read(compare_with)
+    started = time.monotonic()
+    status = Console(stderr=True, highlight=False)
+    with Reference() as reference, status.status("building the references") as line:
+        done = 0
+
+        def on_row(result: object) -> None:
+            nonlocal done
+            done += 1
+            if done < len(rows):
+                line.update(f"{done + 1} of {len(rows)}: {rows[done].name}")
+
+        line.update(f"1 of {len(rows)}: {rows[0].name}")
+        results = run_rows(rows, Stage(reference), rounds, on_row)
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": again(),
+        "environment": environment(),
+        "rounds": rounds,
+        "confidence": estimate(range(rounds)).confidence,
+        "seconds": round(time.monotonic() - started, 1),
+        "rows": [row.as_json() for row in results],
+    }
+    path = output
+    if path is None and not names:
+        name = f"{result['time'][:19].replace(':', '')}-linux-{result['environment']['kernel']}.json"
+        path = SOURCES / "results" / name
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    changes = [] if old is None else compare(old, result)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        console = Output()
+        print_bench(result, console)
+        if path is not None:
+            console.print(f"written: {path}", soft_wrap=True)
+        if old is not None:
+            console.print()
+            print_changes(
+                [(c.name, c.verdict, _flat(c.old), _flat(c.new)) for c in changes],
+                machines_differ(old, result),
+                console,
+            )
+    failed = [r.row.name for r in results if r.met is False or r.error is not None]
+    failed += [c.name for c in changes if c.verdict == "worse"]
+    if check and failed:
+        raise EmuError(f"missed, not measured or worse than before: {', '.join(failed)}")
+    return 0
