@@ -1,15 +1,21 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * loops.c - plain loops over pages that are there, as a library: `emu bench` runs them over the very pages that its own
- * loop touches.  In mappings of their own they'd be other pages, and where pages lie in the caches decides by a factor of
- * two what touching them takes.
+ * calls work on, in the same process.  In mappings of their own they'd be other pages, and where pages lie in the caches
+ * decides by a factor of two what touching them takes; how they came to be decides by some per cent what freeing them
+ * takes.
  */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stddef.h>
 #include <stdint.h>
+#include <sys/mman.h>
 
 #define PAGE 4096ul
 
 void touch_write(uint8_t *p, uint64_t pages);
 void touch_read(const uint8_t *p, uint64_t pages);
+int discard(uint8_t *p, const uint64_t *ranges, size_t n);
 
 void touch_write(uint8_t *p, uint64_t pages)
 {
@@ -21,4 +27,13 @@ void touch_read(const uint8_t *p, uint64_t pages)
 {
 	for (uint64_t i = 0; i < pages; i++)
 		(void)*(const volatile uint8_t *)(p + i * PAGE);
+}
+
+/* A madvise a range; a range is (first page, pages, unused). Returns 0 or the errno. */
+int discard(uint8_t *p, const uint64_t *ranges, size_t n)
+{
+	for (size_t i = 0; i < n; i++)
+		if (madvise(p + ranges[3 * i] * PAGE, ranges[3 * i + 1] * PAGE, MADV_DONTNEED))
+			return errno;
+	return 0;
 }

@@ -3,7 +3,7 @@
  * main.c - a coprocess: one line in, one line out, so that `emu bench` can take its own measure and the reference's by
  * turns within one run.
  *
- *   in    NAME pages stride run threads cpu
+ *   in    NAME pages run threads cpu
  *   out   ns of the timed stretch
  *   in    cpus N[,M...]    run on these cores from now on; a measure's threads are spread over them
  *   in    spin N           a second thread of this process runs on core N from now on; -1: none
@@ -25,7 +25,7 @@ static const struct {
 	measure *run;
 } measures[] = {
 	{ "fault_inline", fault_inline }, { "fault_thread", fault_thread }, { "fault_kernel", fault_kernel },
-	{ "discard", discard }, { "discard_scattered", discard_scattered }, { "install", install },
+	{ "install", install },
 };
 
 static pthread_t spinner;
@@ -68,7 +68,7 @@ int main(void)
 		} else if (sscanf(line, "spin %d", &cpu) == 1) {
 			set_spinner(cpu);
 		} else {
-			if (sscanf(line, "%63s %lu %lu %lu %d %d", name, &a.pages, &a.stride, &a.run, &a.threads, &a.cpu) != 6)
+			if (sscanf(line, "%63s %lu %lu %d %d", name, &a.pages, &a.run, &a.threads, &a.cpu) != 5)
 				goto unknown;
 			for (i = 0; i < sizeof(measures) / sizeof(measures[0]); i++)
 				if (!strcmp(name, measures[i].name))

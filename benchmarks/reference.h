@@ -17,17 +17,16 @@
 /* Arguments of a measure, as the protocol's line gives them; what one doesn't use is 0. */
 struct args {
 	uint64_t pages;
-	uint64_t stride; /* pages from the start of one range to the next */
-	uint64_t run;    /* pages of a range */
+	uint64_t run; /* pages of one call */
 	int threads;
-	int cpu;         /* of the service thread; -1 = anywhere */
+	int cpu; /* of the service thread; -1 = anywhere */
 };
 
 /* Returns ns of the timed stretch. */
 typedef uint64_t measure(const struct args *a);
 
 measure fault_inline, fault_thread, fault_kernel;                 /* faults.c */
-measure discard, discard_scattered, install;      /* memory.c */
+measure install;                                 /* install.c */
 
 /* common.c */
 uint64_t now_ns(void);

@@ -30,7 +30,8 @@ def _judged(row: Mapping[str, Any] | None) -> Estimate | None:
     if row is None or row.get("error"):
         return None
     value = row["ours"] if row["ratio"] is None else row["ratio"]
-    return Estimate(value, *row["interval"], row["confidence"])
+    low, high = row["interval"]
+    return Estimate(value, low, high, row["confidence"])
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:

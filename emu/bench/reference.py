@@ -51,9 +51,9 @@ class Reference:
             raise HostError(f"the reference failed at {line!r}: {stderr.read().strip() or 'no answer'}")
         return int(answer)
 
-    def measure(self, name: str, *, pages: int, stride: int = 0, run: int = 0, threads: int = 1, cpu: int = -1) -> int:
+    def measure(self, name: str, *, pages: int, run: int = 0, threads: int = 1, cpu: int = -1) -> int:
         """Run one measure; return the ns of its timed stretch. cpu: where a service thread runs."""
-        return self._ask(f"{name} {pages} {stride} {run} {threads} {cpu}")
+        return self._ask(f"{name} {pages} {run} {threads} {cpu}")
 
     def place(self, cpus: Sequence[int], spin: int | None = None) -> None:
         """Run on these cores from now on; spin: the core of a second, always running thread."""

@@ -281,6 +281,8 @@ class TerminalView(_Watching):
             self.state.snapshot = _with_map(snapshot, map_)
 
     def ended(self) -> None:
+        if self._ended:  # the user has seen enough
+            return
         last = self.state.snapshot
         with self._guest_time_stands():
             width, height = self._console.size
@@ -304,6 +306,7 @@ class TerminalView(_Watching):
         for key in keys:
             self.state.message = ""
             if key == "q":
+                self._ended = True
                 raise Stopped
             if key == " ":
                 self._pause(not self._paused)

@@ -12,7 +12,7 @@
  * make one system call for the batch, publish.  A batch holds at most BATCH frames, which bounds how long a fault may
  * find its frame BUSY, and at most RUNS ranges, which is what process_madvise(2) takes (UIO_MAXIOV).  BATCH is a
  * compromise: with another thread of the process running each madvise costs an interrupt to its core (11 us), 1 % of
- * what taking 32 MiB costs and 10 % of 4 MiB; and a fault that falls into it waits a millisecond at most.  Frames that
+ * what taking 32 MiB costs and 10 % of 4 MiB; and a fault that falls into it waits two milliseconds at most.  Frames that
  * hold nothing cost no system call; a block whose summary word is 0 isn't even walked, and a batch that has waited for
  * WALK frames to be looked at goes as it is.
  *
@@ -45,7 +45,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#define BATCH 8192 /* frames */
+#define BATCH 16384 /* frames */
 #define RUNS 1024
 #define WALK 16384
 
