@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
-from emu.bench.stage import Stage
+from typing import Any, Literal, NamedTuple
 
 __all__ = ["Row", "Sides"]
 
@@ -29,12 +27,14 @@ class Row:
     what: str
     unit: str
     better: Literal["lower", "higher"]
-    open: Callable[[Stage], AbstractContextManager[Sides]]
+    open: Callable[[Any], AbstractContextManager[Sides]]
     target: float | None = None
     service: str = "-"
     placement: str = "one core"
     second_thread: bool = False
     #: the measuring thread and its helpers may use both cores
     both: bool = False
+    #: a process of its own for each round; such a row has no reference and needs no stage
+    own_process: bool = False
     #: say by how much the two differ, in the row's unit
     difference: bool = False

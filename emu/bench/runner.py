@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emu.bench.row import Row
+from emu.bench.once import in_its_own_process
+from emu.bench.row import Row, Sides
 from emu.bench.spread import Estimate, estimate
 from emu.bench.stage import Stage
 from emu.errors import EmuError
@@ -91,23 +92,31 @@ class RowResult:
         }
 
 
+def _rounds(sides: Sides, rounds: int, samples: list[tuple[float, float | None]]) -> None:
+    for i in range(-1, rounds):
+        gc.collect()
+        if sides.reference is None:
+            sample: tuple[float, float | None] = (sides.ours(), None)
+        elif i % 2:
+            ours = sides.ours()
+            sample = (ours, sides.reference())
+        else:
+            reference = sides.reference()
+            sample = (sides.ours(), reference)
+        if i >= 0:  # the first was to warm up
+            samples.append(sample)
+
+
 def run_row(row: Row, stage: Stage, rounds: int) -> RowResult:
     """Measure one row. What keeps it from being measured is in the result."""
     samples: list[tuple[float, float | None]] = []
     try:
-        with stage.placed(second_thread=row.second_thread, both=row.both), row.open(stage) as sides:
-            for i in range(-1, rounds):
-                gc.collect()
-                if sides.reference is None:
-                    sample: tuple[float, float | None] = (sides.ours(), None)
-                elif i % 2:
-                    ours = sides.ours()
-                    sample = (ours, sides.reference())
-                else:
-                    reference = sides.reference()
-                    sample = (sides.ours(), reference)
-                if i >= 0:  # the first was to warm up
-                    samples.append(sample)
+        with stage.placed(second_thread=row.second_thread, both=row.both):
+            if row.own_process:
+                samples += [(in_its_own_process(row), None) for _ in range(rounds)]
+            else:
+                with row.open(stage) as sides:
+                    _rounds(sides, rounds, samples)
     except EmuError as error:
         return RowResult(row, samples, str(error))
     return RowResult(row, samples)

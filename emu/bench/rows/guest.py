@@ -74,7 +74,7 @@ def bulk(stage: Stage) -> Iterator[Sides]:
 @contextmanager
 def snapshot(stage: Stage) -> Iterator[Sides]:
     """A 64 GiB guest with 4 GiB resident, of which 32 MiB were given back and touched since the last one."""
-    with Machine("64GiB", "reporting", clock=StepClock()) as machine:
+    with Machine("64GiB", "reporting", clock=StepClock(), fault_around=512) as machine:  # to fill it sooner
         machine.ram.touch(0, _RESIDENT >> 12)
         machine.snapshot()
 
@@ -135,15 +135,17 @@ def page_fault1(stage: Stage) -> Iterator[Sides]:
 
 ROWS = [
     Row("buddy-pair", "alloc and free of one frame, by turns: a block split down and merged up each time",
-        "k pairs/s", "higher", _pairs(_one_by_one), target=400),
-    Row("buddy-pair-held", "the same while a neighbour is allocated: neither splits nor merges", "k pairs/s", "higher",
-        _pairs(_one_by_one, held=True), target=400),
-    Row("buddy-batch", "20,000 single frames allocated, then freed in the same order", "k pairs/s", "higher",
-        _pairs(_all_then_all), target=400),
-    Row("buddy-bulk", "1 GiB of frames allocated and freed, by block", "M frames/s", "higher", bulk, target=200),
+        "k pairs/s", "higher", _pairs(_one_by_one), target=400, own_process=True),
+    Row("buddy-pair-held", "the same while a neighbour is allocated: neither splits nor merges",
+        "k pairs/s", "higher", _pairs(_one_by_one, held=True), target=400, own_process=True),
+    Row("buddy-batch", "20,000 single frames allocated, then freed in the same order",
+        "k pairs/s", "higher", _pairs(_all_then_all), target=400, own_process=True),
+    Row("buddy-bulk", "1 GiB of frames allocated and freed, by block",
+        "M frames/s", "higher", bulk, target=200, own_process=True),
     Row("snapshot-64GiB", "a snapshot of a 64 GiB guest, 4 GiB of it resident, 32 MiB given back and touched since",
-        "ms", "lower", snapshot, target=2.0),
-    Row("live-look", "one look of the live view at 100 x 30: snapshot, map, lines", "ms", "lower", look),
+        "ms", "lower", snapshot, target=2.0, own_process=True),
+    Row("live-look", "one look of the live view at 100 x 30: snapshot, map, lines",
+        "ms", "lower", look, own_process=True),
     Row("page_fault1-reporting", "page_fault1 (128 MiB an iteration, Python and all) with reporting on, beside off",
         "ns/page", "lower", page_fault1, service="inline", difference=True),
 ]  # fmt: skip
