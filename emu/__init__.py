@@ -20,7 +20,7 @@ from emu.guest.buddy import Buddy
 from emu.guest.buddy import MigrateType
 from emu.machine import Machine
 from emu.observe.snapshot import Snapshot
-from emu.ram import FrameState
+from emu.frames import FrameState
 from emu.ram import GuestRam
 from emu.ram import Histogram
 

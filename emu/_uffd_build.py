@@ -21,12 +21,13 @@ SOURCES = [
     "sigbus.c",
     "service.c",
     "guestcopy.c",
+    "guestwalk.c",
     "reclaim.c",
     "vcpu.c",
     "rss.c",
     "residency.c",
 ]
-HEADERS = ["emu.h", "core.h", "uapi.h", "emu.cdef.h"]
+HEADERS = ["emu.h", "core.h", "guestaccess.h", "uapi.h", "emu.cdef.h"]
 
 # setuptools wants paths relative to the project's root
 _relative = [str((CSRC / name).relative_to(HERE.parent)) for name in SOURCES]

@@ -5,20 +5,19 @@ exists as unsafe_view(). Ranges are [(gfn, count), ...] in frames; gpa is a byte
 """
 
 import ctypes
-import enum
 import mmap
 import os
 import warnings
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from emu import _native, residency
 from emu._native import lib
 from emu.errors import BadValue, ClosedError, GuestMemoryError, HostError, RangeError
+from emu.frames import EVENT_TYPES, Event, FrameState, Op
 from emu.histogram import Histogram
 from emu.mapping import RamMapping
 from emu.ranges import Ranges
@@ -29,51 +28,6 @@ __all__ = ["Event", "FrameState", "GuestRam", "Histogram", "Op"]
 
 _CHUNK = 16384  # frames (64 MiB) a native call: Python can handle Ctrl-C between two
 _SHORT_CHUNK = 2048  # while somebody watches
-
-
-class FrameState(enum.IntEnum):
-    """What a frame holds, as the host knows it (csrc/state.c)."""
-
-    ZERO = lib.EMU_ZERO
-    ZEROMAP = lib.EMU_ZEROMAP
-    RESIDENT = lib.EMU_RESIDENT
-    LAZY = lib.EMU_LAZY
-    BUSY = lib.EMU_BUSY
-    LOST = lib.EMU_LOST
-
-
-class Op(enum.IntEnum):
-    """What a vCPU loop does to each frame (csrc/vcpu.c).
-
-    SET takes a byte, FILL and VERIFY a seed; COPY copies from the frame that is the range's key.
-    """
-
-    TOUCH_READ = lib.EMU_TOUCH_READ
-    TOUCH_WRITE = lib.EMU_TOUCH_WRITE
-    SET = lib.EMU_SET
-    FILL = lib.EMU_FILL
-    VERIFY = lib.EMU_VERIFY
-    COPY = lib.EMU_COPY
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """A record of the event ring: ns of CLOCK_MONOTONIC, what, the first frame, frames, and an argument.
-
-    Of a discard and its sisters: the first frame of the call's first range, and the frames taken in all its ranges.
-    """
-
-    ns: int
-    type: str
-    gfn: int
-    count: int
-    arg: int
-
-
-_EVENT_TYPES = {
-    getattr(lib, f"EMU_EV_{name.upper()}"): name
-    for name in ("discard", "lazy_free", "lazy_drop", "poison", "lost_fault", "service_died", "fault")
-}
 
 
 class GuestRam:
@@ -452,7 +406,7 @@ class GuestRam:
     def events(self, most: int = 4096) -> list[Event]:
         """Return and forget the events since the last call. One reader at a time."""
         return [
-            Event(ns, _EVENT_TYPES.get(kind, str(kind)), gfn, count, arg)
+            Event(ns, EVENT_TYPES.get(kind, str(kind)), gfn, count, arg)
             for ns, kind, gfn, count, arg in self._core.events(most)
         ]
 

@@ -26,10 +26,10 @@ from rich.live import Live
 
 from emu.clock import ScaledClock
 from emu.errors import EmuError
+from emu.frames import Event
 from emu.machine import Machine
 from emu.mechanisms import MECHANISMS
 from emu.observe.snapshot import Snapshot
-from emu.ram import Event
 from emu.report.live import LiveState, compose, map_cells, plain_line
 from emu.units import format_size, seconds_text
 from emu.workloads.runner import Stopped

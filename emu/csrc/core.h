@@ -3,8 +3,8 @@
  * core.h - what the core's files share among themselves.  Not for callers: those include emu.h.
  *
  * Who owns what: region.c the struct and the registry, state.c the bytes, fault.c the way from a missing frame to a
- * present one, sigbus.c and service.c the two callers of fault.c, guestcopy.c every access to guest memory,
- * reclaim.c every way back.
+ * present one, sigbus.c and service.c the two callers of fault.c, guestcopy.c and guestwalk.c every access to guest
+ * memory, reclaim.c every way back.
  */
 #ifndef EMU_CORE_H
 #define EMU_CORE_H
@@ -125,7 +125,7 @@ struct emu_guard {
 struct emu_thread {
 	struct emu_guard *_Atomic guard;
 	unsigned stripe; /* 0 = not chosen yet */
-	unsigned faults; /* met by guestcopy.c */
+	unsigned faults; /* met by its accesses */
 	/* sigbus.c */
 	uint64_t last_addr;
 	unsigned same_addr;
@@ -219,7 +219,7 @@ void emu_service_stop(struct emu_region *r);
 void emu_service_die(struct emu_region *r, int err);
 void emu_service_refuse(struct emu_region *r, uint64_t gfn, uint64_t count);
 
-/* guestcopy.c */
+/* guestwalk.c */
 struct emu_walk {
 	struct emu_guard guard;
 	struct emu_region *r;

@@ -114,7 +114,7 @@ int64_t emu_lazy_drop(struct emu_region *r, const struct emu_range *ranges, size
 int64_t emu_poison(struct emu_region *r, const struct emu_range *ranges, size_t n);
 int64_t emu_unpoison(struct emu_region *r, const struct emu_range *ranges, size_t n);
 
-/* guestcopy.c, vcpu.c */
+/* guestcopy.c, guestwalk.c, vcpu.c */
 int emu_guest_read(struct emu_region *r, uint64_t gpa, void *buf, uint64_t n, struct emu_progress *ret);
 int emu_guest_write(struct emu_region *r, uint64_t gpa, const void *buf, uint64_t n, struct emu_progress *ret);
 int emu_guest_install(struct emu_region *r, const uint64_t *gfns, size_t n, const void *buf, struct emu_progress *ret);

@@ -17,7 +17,7 @@
  * Race: a page that changes during a look.  Whoever changes it marks its block afterwards, with a full barrier between
  * page and mark; the look clears the mark, with a full barrier between mark and question.  As in Dekker's algorithm,
  * either the answer contains the change, or the mark is set again and the next look asks.  An access that changes a page
- * without a fault (guestcopy.c) marks after it, too.
+ * without a fault (guestaccess.h) marks after it, too.
  */
 #define _GNU_SOURCE
 #include "core.h"

@@ -45,7 +45,7 @@ static const uint32_t legal[EMU_NR_STATES] = {
 	[EMU_BUSY] = BIT(ZERO) | BIT(ZEROMAP) | BIT(RESIDENT) | BIT(LAZY) | BIT(LOST),
 	[EMU_LOST] = BIT(BUSY),
 };
-/* Without userfaultfd no fault tells us: the access itself notes what it is about to do (guestcopy.c). */
+/* Without userfaultfd no fault tells us: the access itself notes what it is about to do (guestaccess.h). */
 static const uint32_t legal_off[EMU_NR_STATES] = {
 	[EMU_ZERO] = BIT(RESIDENT) | BIT(ZEROMAP),
 };

@@ -111,7 +111,7 @@ void emu_hist_merge(struct emu_hist *into, const struct emu_hist *from)
 
 /*
  * How long faults took, from before the access to after it, in the thread that faulted: kernel, signal or message,
- * resolver, and the way back.  Taken by guestcopy.c where the frame's byte says that a fault will come, of each thread's
+ * resolver, and the way back.  Taken by the access (guestaccess.h) where the frame's byte says that a fault will come, of each thread's
  * first fault and every eighth after it: two readings of the clock and four adds would be 2 % of an inline fault.
  */
 size_t emu_latencies_bytes(void)

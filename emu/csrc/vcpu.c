@@ -2,7 +2,7 @@
 /*
  * vcpu.c - the loops a guest's CPUs run over its memory, in one thread or several.
  *
- * A job's frames are cut into equal shares in the order of its ranges; each thread walks one share (guestcopy.c).  The
+ * A job's frames are cut into equal shares in the order of its ranges; each thread walks one share (guestwalk.c).  The
  * first share runs in the calling thread.  Each thread has its own histogram and its own list of bad frames, merged
  * after the join, so that nothing in the loop is shared but the guest's memory itself.
  *

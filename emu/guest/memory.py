@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from emu.ram import Op
+from emu.frames import Op
 from emu.ranges import Ranges
 
 __all__ = ["GuestMemory", "Op"]

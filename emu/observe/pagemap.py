@@ -8,8 +8,9 @@ is about.
 import enum
 from dataclasses import dataclass
 
+from emu.frames import FrameState
 from emu.guest.kernel import GuestKernel, PageOwner
-from emu.ram import FrameState, GuestRam
+from emu.ram import GuestRam
 
 __all__ = ["PageMap", "Stage", "take_page_map"]
 

@@ -7,12 +7,12 @@ lazily freed pages by itself, negative by those.
 
 from dataclasses import dataclass
 
+from emu.frames import FrameState
 from emu.guest.kernel import GuestKernel
 from emu.histogram import Histogram
 from emu.host.hypervisor import Hypervisor
 from emu.observe.pagemap import PageMap, take_page_map
 from emu.observe.vmstat import read_vmstat
-from emu.ram import FrameState
 from emu.units import FRAME_SIZE
 
 __all__ = ["FaultView", "ReportingView", "Snapshot", "take_snapshot"]

@@ -5,7 +5,7 @@ Both have the guest kernel's GuestMemory protocol and must show a guest the same
 
 from emu import _native
 from emu.errors import RangeError
-from emu.ram import Op
+from emu.frames import Op
 from emu.ranges import Ranges
 from emu.units import FRAME_SIZE, parse_ram_size
 

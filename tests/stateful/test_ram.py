@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 import emu
 from emu.errors import GuestMemoryError
-from emu.ram import FrameState, Op
+from emu.frames import FrameState, Op
 from emu.ranges import Ranges
 from emu.testing import ReferenceMemory
 from emu.uffd import Rung, probe

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from emu import _native
-from emu.ram import FrameState, Op
+from emu.frames import FrameState, Op
 
 CSRC = Path(_native.__file__).parent / "csrc"
 

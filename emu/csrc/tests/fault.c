@@ -167,7 +167,7 @@ static int a_fault_on_a_lost_frame_jumps_out_of_the_access(void)
 		if (!rig)
 			return SKIPPED;
 		CHECK_EQ(emu_poison(rig->r, &(struct emu_range){ 5, 1, 0 }, 1), 1);
-		/* the guarded raw load, as guestcopy.c would do it after its note() */
+		/* the guarded raw load, as guestaccess.h would do it after its note() */
 		memset(&w, 0, sizeof(w));
 		w.guard.region = rig->r;
 		if (!sigsetjmp(w.guard.env, EMU_SAVEMASK)) {
@@ -473,7 +473,7 @@ const struct test fault_tests[] = {
 	{ "fault: a read costs no memory and a write one page", a_read_costs_no_memory_and_a_write_one_page },
 	{ "fault: content survives and a torn frame is found", content_survives_and_a_torn_frame_is_found },
 	{ "fault: what faults cost is sampled", what_faults_cost_is_sampled },
-	{ "guestcopy: frames are copied wherever they are", frames_are_copied_wherever_they_are },
+	{ "guestwalk: frames are copied wherever they are", frames_are_copied_wherever_they_are },
 	{ "fault: fault_around fills its aligned window only", fault_around_fills_its_aligned_window_only },
 	{ "fault: missing frames are installed, not faulted", missing_frames_are_installed_not_faulted },
 	{ "fault: a lost frame stops the call and never reads as zero", a_lost_frame_stops_the_call_and_never_reads_as_zero },

@@ -1,0 +1,54 @@
+"""Frames by name: what one holds, what a vCPU does to it, and what happened to some."""
+
+import enum
+from dataclasses import dataclass
+
+from emu._native import lib
+
+__all__ = ["EVENT_TYPES", "Event", "FrameState", "Op"]
+
+
+class FrameState(enum.IntEnum):
+    """What a frame holds, as the host knows it (csrc/state.c)."""
+
+    ZERO = lib.EMU_ZERO
+    ZEROMAP = lib.EMU_ZEROMAP
+    RESIDENT = lib.EMU_RESIDENT
+    LAZY = lib.EMU_LAZY
+    BUSY = lib.EMU_BUSY
+    LOST = lib.EMU_LOST
+
+
+class Op(enum.IntEnum):
+    """What a vCPU loop does to each frame (csrc/vcpu.c).
+
+    SET takes a byte, FILL and VERIFY a seed; COPY copies from the frame that is the range's key.
+    """
+
+    TOUCH_READ = lib.EMU_TOUCH_READ
+    TOUCH_WRITE = lib.EMU_TOUCH_WRITE
+    SET = lib.EMU_SET
+    FILL = lib.EMU_FILL
+    VERIFY = lib.EMU_VERIFY
+    COPY = lib.EMU_COPY
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A record of the event ring: ns of CLOCK_MONOTONIC, what, the first frame, frames, and an argument.
+
+    Of a discard and its sisters: the first frame of the call's first range, and the frames taken in all its ranges.
+    """
+
+    ns: int
+    type: str
+    gfn: int
+    count: int
+    arg: int
+
+
+#: the core's numbers -> Event.type
+EVENT_TYPES = {
+    getattr(lib, f"EMU_EV_{name.upper()}"): name
+    for name in ("discard", "lazy_free", "lazy_drop", "poison", "lost_fault", "service_died", "fault")
+}
