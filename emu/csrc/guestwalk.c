@@ -120,18 +120,22 @@ static int walk_frame(struct emu_walk *w, uint64_t gfn, uint64_t key)
 			return err;
 	}
 	do {
-		int changed = note(r, gfn, write);
+		int changed = note(r, gfn, write), from = 0;
 
-		if (changed < 0) {
-			w->guard.err = changed;
-			w->guard.gfn = gfn;
-			return changed;
+		if (changed >= 0 && copies) /* each time: a discard may have taken either frame since */
+			from = note(r, key, false);
+		if (changed < 0 || from < 0) {
+			w->guard.err = changed < 0 ? changed : from;
+			w->guard.gfn = changed < 0 ? gfn : key;
+			return w->guard.err;
 		}
 		barrier();
 		good = access_frame(emu_frame(r, gfn), w->op, w->arg, key, copies ? emu_frame(r, key) : NULL);
 		barrier();
 		if (changed)
 			mark(r, gfn);
+		if (from)
+			mark(r, key);
 	} while (!noted(r, gfn, write) || (copies && !noted(r, key, false)));
 	if (!good) {
 		if (w->bad_count < w->bad_cap)

@@ -84,6 +84,35 @@ static void *toucher(void *arg)
 	return NULL;
 }
 
+/* Copies within the common area: both of its frames may be taken at any moment. */
+static void *copier(void *arg)
+{
+	struct actor *a = arg;
+
+	while (!atomic_load(&a->storm->stop)) {
+		uint64_t n = 1 + next(a) % 100;
+		struct emu_range range = { WRITERS * OWN + next(a) % (COMMON - n), n, WRITERS * OWN + next(a) % (COMMON - n) };
+		struct emu_vcpu_job job = { .op = EMU_COPY, .threads = 1 };
+
+		CHECK_EQ(emu_vcpu_run(a->storm->rig->r, &range, 1, &job), 0);
+		CHECK_EQ(job.progress.done, n);
+	}
+	return NULL;
+}
+
+/* Looks by marks alone while all change: what rig_check_books() finds afterwards is right only if no mark was lost. */
+static void *looker(void *arg)
+{
+	struct actor *a = arg;
+	struct emu_look look;
+
+	while (!atomic_load(&a->storm->stop)) {
+		CHECK_EQ(emu_rss_look(a->storm->rig->r, next(a) % 8 == 0, &look), 0);
+		CHECK(look.rss >= 0 && look.rss <= FRAMES);
+	}
+	return NULL;
+}
+
 static void *reclaimer(void *arg)
 {
 	struct actor *a = arg;
@@ -116,16 +145,19 @@ static void *reclaimer(void *arg)
 
 static int storm(int service, uint32_t fault_around, uint32_t disable)
 {
-	void *(*const bodies[])(void *) = { owner, owner, owner, toucher, toucher, reclaimer, reclaimer };
+	void *(*const bodies[])(void *) = { owner, owner, owner, toucher, toucher, reclaimer, reclaimer,
+		                          copier, looker };
 	enum { N = sizeof(bodies) / sizeof(bodies[0]) };
 	const char *seconds = getenv("STORM");
 	struct storm s = { .rig = rig_open(FRAMES, service, fault_around, disable) };
 	double len = seconds ? atof(seconds) : 0.5;
+	const uint64_t rotate = emu_rss_rotate;
 	struct actor actors[N];
 	pthread_t threads[N];
 
 	if (!s.rig)
 		return SKIPPED;
+	emu_rss_rotate = 0;
 	for (int i = 0; i < N; i++) {
 		actors[i] = (struct actor){ &s, i, 0x9e3779b97f4a7c15u * (uint64_t)(i + 1) };
 		CHECK_EQ(pthread_create(&threads[i], NULL, bodies[i], &actors[i]), 0);
@@ -135,6 +167,7 @@ static int storm(int service, uint32_t fault_around, uint32_t disable)
 	for (int i = 0; i < N; i++)
 		CHECK_EQ(pthread_join(threads[i], NULL), 0);
 	CHECK(atomic_load(&s.rounds) > 0);
+	emu_rss_rotate = rotate;
 	rig_check_books(s.rig);
 	CHECK_EQ(emu_discard(s.rig->r, &(struct emu_range){ 0, FRAMES, 0 }, 1) >= 0, 1);
 	CHECK_EQ(rig_rss(s.rig), 0);
