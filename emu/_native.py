@@ -236,15 +236,15 @@ class Region:
 
     # ---- watching
 
-    def look(self, everything: bool) -> tuple[int, int] | None:
-        """Return (resident pages, pages that the kernel was asked about); None without PAGEMAP_SCAN."""
+    def look(self, everything: bool) -> tuple[int, bool] | None:
+        """Return (resident pages, whether all of that is of now); None without PAGEMAP_SCAN."""
         result = ffi.new("struct emu_look *")
         err = self._call(lib.emu_rss_look, everything, result)
         if err in (-errno.ENOTTY, -errno.EPERM, -errno.EACCES):
             return None
         if err:
             raise HostError(f"PAGEMAP_SCAN: {os.strerror(-err)}")
-        return int(result.rss), int(result.asked)
+        return int(result.rss), bool(result.whole)
 
     def tally(self, ranges: Ranges, cell_frames: int, owners: int) -> "array[int]":
         """Count all frames by cell, owner and state; see emu_states_tally."""

@@ -359,10 +359,10 @@ class GuestRam:
         core = self._core
         core.check()
         if "pagemap_scan" not in self._off and not core.stats()["nr_lazy"] and (seen := core.look(everything)):
-            pages, asked = seen
-            return residency.Look(pages * FRAME_SIZE, 0, asked * FRAME_SIZE, "PAGEMAP_SCAN")
+            pages, whole = seen
+            return residency.Look(pages * FRAME_SIZE, 0, whole, "PAGEMAP_SCAN")
         smaps = self.smaps()
-        return residency.Look(smaps.rss, smaps.lazyfree, smaps.rss, "smaps")
+        return residency.Look(smaps.rss, smaps.lazyfree, True, "smaps")
 
     def latency(self, write: bool = True) -> Histogram:
         """Return how long write (or read) faults took, as the faulting vCPU saw them, since the RAM was opened.

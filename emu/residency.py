@@ -53,16 +53,12 @@ class Scan(NamedTuple):
 
 
 class Look(NamedTuple):
-    """Bytes by a look that a tick can afford. asked == rss: the whole figure is of now."""
+    """Bytes by a look that a tick can afford. exact: the whole figure is of now; source: "PAGEMAP_SCAN" or "smaps"."""
 
     rss: int
     lazyfree: int
-    asked: int
+    exact: bool
     source: str
-
-    @property
-    def exact(self) -> bool:
-        return self.asked >= self.rss
 
 
 def _fields(text: bytes) -> Smaps:

@@ -109,14 +109,18 @@ struct emu_region {
 /*
  * A guard stands around each access to guest memory: where the handler goes when the frame can't be served.  It
  * belongs to one thread and lives on its stack; nothing that a guarded section holds survives the jump, because a
- * guarded section holds nothing.
+ * guarded section holds nothing but a promise, which whoever armed the guard keeps (guestaccess.h).
  */
 struct emu_guard {
 	sigjmp_buf env;
 	struct emu_region *region;
 	volatile int err;
 	volatile uint64_t gfn;
+	/* the books already say what an access to this frame is about to do; EMU_NO_PROMISE: no such frame */
+	volatile uint64_t promised;
+	volatile bool promised_write;
 };
+#define EMU_NO_PROMISE UINT64_MAX
 
 /*
  * initial-exec: the SIGBUS handler reads it, and the default model of a dlopen'ed object may call malloc at a

@@ -72,7 +72,7 @@ struct emu_vcpu_job {
 };
 struct emu_event { uint64_t ns; uint64_t gfn; uint32_t count; uint16_t type; uint16_t arg; };
 struct emu_residency { int64_t present, zeropage, swapped, huge; };
-struct emu_look { int64_t rss, asked; };
+struct emu_look { int64_t rss, asked; int whole; };
 struct emu_region;
 
 /* uffd.c */

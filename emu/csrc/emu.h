@@ -196,7 +196,8 @@ int emu_sigbus_is_ours(void);
 
 struct emu_look {
 	int64_t rss;   /* pages of its own (present and not the shared zero page) */
-	int64_t asked; /* resident pages that the kernel was asked about just now; == rss: the figure is all of now */
+	int64_t asked; /* present pages that the kernel was asked about just now; some may have been asked twice */
+	int whole;     /* all of the RAM was: rss is all of now */
 };
 int emu_rss_look(struct emu_region *r, int everything, struct emu_look *ret); /* -ENOTTY before 6.7 */
 

@@ -20,6 +20,9 @@
  *   - without userfaultfd (EMU_SERVICE_OFF) nothing faults to us at all: ZERO -> RESIDENT or ZEROMAP before the
  *     access.
  *
+ * Such a note is a promise: if the access jumps out (its other side was lost), the promise is kept by touching that frame,
+ * or the books would call resident what has no page.
+ *
  * After the access the byte is read once more: if a discard came between note and access, the frame may be present and
  * marked ZERO, so the access is made again (a touch, a fill, a read or a copy of the same bytes can be).  With that the
  * books are exact under any interleaving with reclaim.
@@ -117,6 +120,53 @@ EMU_GUEST_BYTES static inline void touch_byte(uint8_t *frame, bool write)
 		(void)*(const volatile uint8_t *)frame;
 }
 
+/* note() under a guard, which learns of the promise. The same returns; an error is in the guard, too. */
+static inline int promise(struct emu_guard *guard, struct emu_region *r, uint64_t gfn, bool write)
+{
+	int changed = note(r, gfn, write);
+
+	if (changed < 0) {
+		guard->err = changed;
+		guard->gfn = gfn;
+	} else if (changed) {
+		guard->promised_write = write;
+		guard->promised = gfn;
+	}
+	barrier();
+	return changed;
+}
+
+/* After the access, with what promise() returned for that frame. */
+static inline void promise_kept(struct emu_guard *guard, struct emu_region *r, uint64_t gfn, int changed)
+{
+	barrier();
+	if (changed) {
+		guard->promised = EMU_NO_PROMISE;
+		mark(r, gfn);
+	}
+}
+
+/* After a jump out: do what was promised, under the same guard; what stopped the call stays in it. */
+static inline void keep_promise(struct emu_guard *guard)
+{
+	const uint64_t gfn = guard->promised;
+	const bool write = guard->promised_write;
+	const int err = guard->err;
+	const uint64_t bad = guard->gfn;
+
+	if (gfn == EMU_NO_PROMISE)
+		return;
+	guard->promised = EMU_NO_PROMISE;
+	if (!sigsetjmp(guard->env, EMU_SAVEMASK)) {
+		barrier();
+		touch_byte(emu_frame(guard->region, gfn), write);
+		barrier();
+		mark(guard->region, gfn);
+	}
+	guard->err = err;
+	guard->gfn = bad;
+}
+
 /*
  * One access to a frame, noted before and after; returns 0, or an error with the frame in guard.  `first` says that the
  * frame was missing a moment ago: then one byte is touched by itself, and some of the times timed, so that what a fault
@@ -129,17 +179,11 @@ static inline int touch_frame(struct emu_guard *guard, struct emu_region *r, uin
 	int changed;
 
 	do {
-		changed = note(r, gfn, write);
-		if (changed < 0) {
-			guard->err = changed;
-			guard->gfn = gfn;
+		changed = promise(guard, r, gfn, write);
+		if (changed < 0)
 			return changed;
-		}
-		barrier();
 		touch_byte(emu_frame(r, gfn), write);
-		barrier();
-		if (changed)
-			mark(r, gfn);
+		promise_kept(guard, r, gfn, changed);
 	} while (!noted(r, gfn, write));
 	if (timed)
 		emu_latency_add(r, write ? EMU_LAT_FAULT_WRITE : EMU_LAT_FAULT_READ, emu_now_ns() - t0);

@@ -45,20 +45,14 @@ static void copy(struct copy *c)
 			if (emu_state_load(r, gfn) == EMU_ZERO && touch_frame(&c->guard, r, gfn, c->write, true))
 				return;
 			do {
-				changed = note(r, gfn, c->write);
-				if (changed < 0) {
-					c->guard.err = changed;
-					c->guard.gfn = gfn;
+				changed = promise(&c->guard, r, gfn, c->write);
+				if (changed < 0)
 					return;
-				}
-				barrier();
 				if (c->write)
 					copy_bytes(at, c->buf, n);
 				else
 					copy_bytes(c->buf, at, n);
-				barrier();
-				if (changed)
-					mark(r, gfn);
+				promise_kept(&c->guard, r, gfn, changed);
 			} while (!noted(r, gfn, c->write));
 		}
 		c->gpa += n;
@@ -73,11 +67,14 @@ static int copy_armed(struct copy *c)
 {
 	c->guard.region = c->r;
 	c->guard.err = 0;
+	c->guard.promised = EMU_NO_PROMISE;
 	if (!sigsetjmp(c->guard.env, EMU_SAVEMASK)) {
 		atomic_store_explicit(&emu_thread.guard, &c->guard, memory_order_relaxed);
 		barrier();
 		copy(c);
 		barrier();
+	} else {
+		keep_promise(&c->guard);
 	}
 	atomic_store_explicit(&emu_thread.guard, NULL, memory_order_relaxed);
 	return c->guard.err;

@@ -120,22 +120,16 @@ static int walk_frame(struct emu_walk *w, uint64_t gfn, uint64_t key)
 			return err;
 	}
 	do {
-		int changed = note(r, gfn, write), from = 0;
+		int changed;
 
-		if (changed >= 0 && copies) /* each time: a discard may have taken either frame since */
-			from = note(r, key, false);
-		if (changed < 0 || from < 0) {
-			w->guard.err = changed < 0 ? changed : from;
-			w->guard.gfn = changed < 0 ? gfn : key;
-			return w->guard.err;
-		}
-		barrier();
+		/* each time: a discard may have taken either frame since */
+		if (copies && (err = touch_frame(&w->guard, r, key, false, false)))
+			return err;
+		changed = promise(&w->guard, r, gfn, write);
+		if (changed < 0)
+			return changed;
 		good = access_frame(emu_frame(r, gfn), w->op, w->arg, key, copies ? emu_frame(r, key) : NULL);
-		barrier();
-		if (changed)
-			mark(r, gfn);
-		if (from)
-			mark(r, key);
+		promise_kept(&w->guard, r, gfn, changed);
 	} while (!noted(r, gfn, write) || (copies && !noted(r, key, false)));
 	if (!good) {
 		if (w->bad_count < w->bad_cap)
@@ -188,11 +182,14 @@ int emu_guest_walk(struct emu_walk *w)
 	w->guard.region = w->r;
 	w->guard.err = 0;
 	w->done = 0;
+	w->guard.promised = EMU_NO_PROMISE;
 	if (!sigsetjmp(w->guard.env, EMU_SAVEMASK)) {
 		atomic_store_explicit(&emu_thread.guard, &w->guard, memory_order_relaxed);
 		barrier();
 		walk(w);
 		barrier();
+	} else {
+		keep_promise(&w->guard);
 	}
 	atomic_store_explicit(&emu_thread.guard, NULL, memory_order_relaxed);
 	return w->guard.err;

@@ -11,10 +11,12 @@
  * One engine under all: walk the ranges, claim frames into BUSY, gather neighbours into runs and runs into a batch,
  * make one system call for the batch, publish.  A batch holds at most BATCH frames, which bounds how long a fault may
  * find its frame BUSY, and at most RUNS ranges, which is what process_madvise(2) takes (UIO_MAXIOV).  BATCH is a
- * compromise: with another thread of the process running each madvise costs an interrupt to its core (11 us), 1 % of
- * what taking 32 MiB costs and 10 % of 4 MiB; and a fault that falls into it waits two milliseconds at most.  Frames that
- * hold nothing cost no system call; a block whose summary word is 0 isn't even walked, and a batch that has waited for
- * WALK frames to be looked at goes as it is.
+ * compromise: with another thread of the process running each madvise costs an interrupt to its core (17 us), which is
+ * 4 % of what taking 4 MiB costs and 0.3 % of 64 MiB; and a fault that falls into it waits as long as the kernel takes
+ * to free 16,384 pages (1.6 ms at 100 ns each, and there is no bound on what a kernel takes).  Where ranges can't share
+ * a system call, or a page needs more than freeing, batches are smaller.  Frames that hold nothing cost no system call; a
+ * block whose summary word is 0 isn't even walked, and a batch that has waited for WALK frames to be looked at goes as it
+ * is.
  *
  * Races, thought through once for all five:
  *  - against a fault: BUSY spans the madvise, so no install can fall between the page's end and the byte's.
@@ -45,8 +47,10 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#define BATCH 16384 /* frames */
+#define BATCH 16384 /* frames of a discard */
+#define FEW 1024    /* frames, where taking one may need more than freeing it: pageout, poison, MADV_FREE */
 #define RUNS 1024
+#define SINGLE 64 /* runs, where each is a system call of its own */
 #define WALK 16384
 
 #define IN(s) (1u << EMU_##s)
@@ -328,6 +332,8 @@ static int gather(struct batch *b, uint64_t gfn, uint64_t end)
 {
 	struct emu_region *r = b->r;
 	const uint32_t claims = verbs[b->verb].claims;
+	const uint64_t most_frames = b->verb == DISCARD ? BATCH : FEW;
+	const size_t most_runs = r->vectored ? RUNS : SINGLE;
 
 	while (gfn < end) {
 		uint8_t *at = emu_frame(r, gfn);
@@ -358,13 +364,14 @@ static int gather(struct batch *b, uint64_t gfn, uint64_t end)
 			continue;
 		}
 		joins = b->runs && (uint8_t *)b->run[b->runs - 1].iov_base + b->run[b->runs - 1].iov_len == at;
-		if (b->frames == BATCH || (b->runs == RUNS && !joins)) {
+		if (b->frames >= most_frames || (b->runs >= most_runs && !joins)) {
 			err = flush(b);
 			if (err)
 				return err;
 			continue; /* time has passed: read the byte again */
 		}
-		n = emu_state_claim(r, gfn, end - gfn < BATCH - b->frames ? end - gfn : BATCH - b->frames, state);
+		n = most_frames - b->frames;
+		n = emu_state_claim(r, gfn, end - gfn < n ? end - gfn : n, state);
 		if (!n)
 			continue;
 		memset(b->prior + b->frames, state, n);
@@ -380,7 +387,7 @@ static int gather(struct batch *b, uint64_t gfn, uint64_t end)
 
 static int64_t reclaim(struct emu_region *r, const struct emu_range *ranges, size_t n, enum verb verb)
 {
-	struct batch b; /* 25 KiB of stack, and only the head of it is set */
+	struct batch b; /* 33 KiB of stack, and only the head of it is set */
 	int err = emu_ranges_check(r, ranges, n);
 
 	if (!err && atomic_load(&r->dead))

@@ -7,12 +7,12 @@
  * asks again
  *
  *   - for the blocks of which a frame changed its state since the last look,
- *   - for those that hold lazily freed frames, which the kernel may drop without an event,
- *   - and for as many others, in rotation, as hold emu_rss_rotate resident pages: what happens behind our back (a stray
- *     madvise, swap) shows after a round, and in a guest of up to 512 MiB resident at once.
+ *   - and for as many others, in rotation, as hold emu_rss_rotate present pages: what happens behind our back (a stray
+ *     madvise, a raw write, swap) shows after a round, and in a guest of up to 512 MiB at once.
  *
- * So the figure is the kernel's, never that of our books; what may be old is when it was given.  `asked` says how many
- * of the pages were asked about just now, and a look at everything asks about all of them.
+ * So the figure is the kernel's, never that of our books; what may be old is when it was given.  `whole` says that all
+ * of it is of now: the rotation came round, or everything was to be asked.  Lazily freed pages, which the kernel drops
+ * without an event, aren't for this file: where there are any, smaps is read, which tells them, too (emu/ram.py).
  *
  * Race: a page that changes during a look.  Whoever changes it marks its block afterwards, with a full barrier between
  * page and mark; the look clears the mark, with a full barrier between mark and question.  As in Dekker's algorithm,
@@ -26,7 +26,10 @@
 
 uint64_t emu_rss_rotate = 131072; /* resident pages of a look; a test switches the rotation off */
 
-/* Blocks [first, end) are asked about anew, at most `most` resident pages of them; returns the end of what was. */
+/*
+ * Blocks [first, end) are asked about anew, up to about `most` present pages of them; returns the end of what was.
+ * *asked grows by those pages: shared zero pages are walked as others are, and so count against the budget.
+ */
 static int64_t ask(struct emu_region *r, uint64_t first, uint64_t end, uint64_t most, int64_t *asked)
 {
 	enum { VEC = 256 };
@@ -38,7 +41,7 @@ static int64_t ask(struct emu_region *r, uint64_t first, uint64_t end, uint64_t 
 		.vec = (uintptr_t)vec, .vec_len = VEC, .category_mask = PAGE_IS_PRESENT,
 		.return_mask = PAGE_IS_PRESENT | PAGE_IS_PFNZERO,
 	};
-	uint64_t fresh = first, seen = 0; /* blocks before `fresh` have been zeroed */
+	uint64_t fresh = first, seen = 0; /* blocks before `fresh` have been zeroed; present pages */
 
 	if (arg.end > limit)
 		arg.end = limit;
@@ -60,9 +63,9 @@ static int64_t ask(struct emu_region *r, uint64_t first, uint64_t end, uint64_t 
 		for (int i = 0; i < n; i++) {
 			uint64_t at = (vec[i].start - base) >> EMU_FRAME_SHIFT, last = (vec[i].end - base) >> EMU_FRAME_SHIFT;
 
+			seen += last - at;
 			if (vec[i].categories & PAGE_IS_PFNZERO)
 				continue;
-			seen += last - at;
 			r->looked_rss += (int64_t)(last - at);
 			while (at < last) {
 				uint64_t block = at / EMU_BLOCK_FRAMES, next = (block + 1) * EMU_BLOCK_FRAMES;
@@ -85,25 +88,6 @@ static int64_t ask(struct emu_region *r, uint64_t first, uint64_t end, uint64_t 
 	return (int64_t)fresh;
 }
 
-static bool lazy_in(const struct emu_region *r, uint64_t block)
-{
-	uint64_t gfn = block * EMU_BLOCK_FRAMES, end = gfn + EMU_BLOCK_FRAMES;
-
-	for (; gfn < end && gfn < r->frames; gfn++)
-		if (emu_state_load(r, gfn) == EMU_LAZY)
-			return true;
-	return false;
-}
-
-static bool any_lazy(struct emu_region *r)
-{
-	int64_t n = 0;
-
-	for (int s = 0; s < EMU_STRIPES; s++)
-		n += atomic_load_explicit(&r->stripe[s].n[EMU_STAT_nr_lazy], memory_order_relaxed);
-	return n != 0;
-}
-
 /* The first marked block from `block` on, or `blocks`. Eight at a time: the table is padded to whole pages. */
 static uint64_t next_mark(const struct emu_region *r, uint64_t block, uint64_t blocks)
 {
@@ -123,8 +107,6 @@ static uint64_t next_mark(const struct emu_region *r, uint64_t block, uint64_t b
 /* The blocks that are marked, neighbours together: a gap of one costs less than another system call. */
 static int64_t ask_changed(struct emu_region *r, uint64_t blocks, int64_t *asked)
 {
-	const bool lazy = any_lazy(r);
-
 	for (uint64_t first = next_mark(r, 0, blocks), end; first < blocks; first = next_mark(r, end, blocks)) {
 		int64_t err;
 
@@ -136,11 +118,11 @@ static int64_t ask_changed(struct emu_region *r, uint64_t blocks, int64_t *asked
 			atomic_exchange(&r->changed[end], 0);
 		}
 		err = ask(r, first, end, UINT64_MAX, asked);
-		if (err < 0)
+		if (err < 0) {
+			for (uint64_t block = first; block < end; block++)
+				emu_rss_mark(r, block); /* not answered: the next look asks again */
 			return err;
-		for (uint64_t block = first; lazy && block < end; block++)
-			if (lazy_in(r, block))
-				emu_rss_mark(r, block);
+		}
 	}
 	return 0;
 }
@@ -148,31 +130,29 @@ static int64_t ask_changed(struct emu_region *r, uint64_t blocks, int64_t *asked
 static int64_t look(struct emu_region *r, bool everything, struct emu_look *ret)
 {
 	const uint64_t blocks = (r->frames + EMU_BLOCK_FRAMES - 1) / EMU_BLOCK_FRAMES;
-	int64_t err = 0;
+	const uint64_t start = r->look_cursor < blocks ? r->look_cursor : 0;
+	int64_t rotated = 0, end;
 
-	ret->asked = 0;
-	if (everything)
-		err = ask(r, 0, blocks, UINT64_MAX, &ret->asked);
-	else
-		err = ask_changed(r, blocks, &ret->asked);
-	if (err >= 0 && !everything && ret->asked < r->looked_rss) {
-		const uint64_t start = r->look_cursor < blocks ? r->look_cursor : 0;
-		int64_t rotated = 0;
-
-		err = ask(r, start, blocks, emu_rss_rotate, &rotated);
-		if (err == (int64_t)blocks && rotated < (int64_t)emu_rss_rotate && start) { /* round the end */
-			int64_t more = 0;
-
-			err = ask(r, 0, start, emu_rss_rotate - (uint64_t)rotated, &more);
-			rotated += more;
+	*ret = (struct emu_look){ 0 };
+	if (everything) {
+		end = ask(r, 0, blocks, UINT64_MAX, &ret->asked);
+		ret->whole = 1;
+	} else {
+		end = ask_changed(r, blocks, &ret->asked);
+		if (end >= 0 && emu_rss_rotate)
+			end = ask(r, start, blocks, emu_rss_rotate, &rotated);
+		if (end == (int64_t)blocks && rotated < (int64_t)emu_rss_rotate && start) { /* round the end */
+			end = ask(r, 0, start, emu_rss_rotate - (uint64_t)rotated, &rotated);
+			ret->whole = end == (int64_t)start;
+		} else {
+			ret->whole = !start && end == (int64_t)blocks;
 		}
-		if (err >= 0)
-			r->look_cursor = (uint64_t)err % blocks;
-		if (rotated > ret->asked) /* the two may overlap: the larger is certain */
-			ret->asked = rotated;
+		if (end >= 0)
+			r->look_cursor = ret->whole ? start : (uint64_t)end % blocks;
+		ret->asked += rotated;
 	}
 	ret->rss = r->looked_rss;
-	return err < 0 ? err : 0;
+	return end < 0 ? end : 0;
 }
 
 int emu_rss_look(struct emu_region *r, int everything, struct emu_look *ret)

@@ -13,7 +13,7 @@
  *                                anything at rest ---> BUSY ---> LOST ---> BUSY ---> ZERO     poison, unpoison
  *
  * Rules of BUSY:
- *  - it is short (a batch of at most 1,024 frames, one system call) and its holder never touches a guest frame: the
+ *  - it is short (one batch of reclaim.c, one ioctl of fault.c) and its holder never touches a guest frame: the
  *    fault that it could take would wait for itself;
  *  - its holder never waits for another BUSY frame.  Two discards over the same frames in different order would
  *    wait for each other;
