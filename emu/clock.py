@@ -23,8 +23,9 @@ class Clock(Protocol):
     def name(self) -> str:
         """How a table calls it: step, real, x10."""
 
-    #: guest seconds a second of the wall; infinite where time passes only when somebody waits
-    speed: float
+    @property
+    def speed(self) -> float:
+        """Guest seconds a second of the wall; infinite where time passes only when somebody waits."""
 
     def now(self) -> float:
         """Return the guest's time."""
@@ -55,48 +56,50 @@ class ScaledClock:
     def __init__(self, speed: float = 1.0) -> None:
         if not 0.001 <= speed < math.inf:
             raise BadValue(f"speed {speed!r} must be at least 0.001 (1 is real time)")
-        self.speed = speed
-        # guest time `_at` was the wall's `_since`; None: it stands still there
-        self._at = 0.0
-        self._since: float | None = time.monotonic()
+        # (guest time, the wall's time at it or None while it stands still, speed): replaced whole, so that another
+        # thread's now() never sees half of a change
+        self._anchor: tuple[float, float | None, float] = (0.0, time.monotonic(), speed)
+
+    @property
+    def speed(self) -> float:
+        return self._anchor[2]
 
     @property
     def name(self) -> str:
         return "real" if self.speed == 1 else f"x{self.speed:g}"
 
     def now(self) -> float:
-        return self._at if self._since is None else self._at + (time.monotonic() - self._since) * self.speed
+        at, since, speed = self._anchor
+        return at if since is None else at + (time.monotonic() - since) * speed
 
     def sleep_until(self, t: float) -> None:
         # in slices, so that Ctrl-C and a late timer are never more than a moment away
         while (left := (t - self.now()) / self.speed) > 0:
             time.sleep(min(left, 0.1))
 
+    def _restart(self, at: float, speed: float) -> None:
+        self._anchor = (at, None if self._anchor[1] is None else time.monotonic(), speed)
+
     @contextmanager
     def stopped(self) -> Iterator[None]:
         """Let guest time stand still for a while: what happens meanwhile costs the guest none."""
-        self._at = self.now()
-        since, self._since = self._since, None
+        stood = self._anchor[1] is None
         try:
+            self._anchor = (self.now(), None, self.speed)
             yield
         finally:
-            if since is not None:
-                self._since = time.monotonic()
+            if not stood:
+                self._anchor = (self._anchor[0], time.monotonic(), self.speed)
 
     def set_speed(self, speed: float) -> None:
         """Go on from now at another speed. Raises BadValue."""
         if not 0.001 <= speed < math.inf:
             raise BadValue(f"speed {speed!r} must be at least 0.001 (1 is real time)")
-        self._at = self.now()
-        if self._since is not None:
-            self._since = time.monotonic()
-        self.speed = speed
+        self._restart(self.now(), speed)
 
     def skip_to(self, t: float) -> None:
         """Make it guest time t at once, if that is later than now."""
-        self._at = max(self.now(), t)
-        if self._since is not None:
-            self._since = time.monotonic()
+        self._restart(max(self.now(), t), self.speed)
 
 
 def make_clock(speed: float | str) -> Clock:

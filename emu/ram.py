@@ -200,7 +200,9 @@ class GuestRam:
         core = self._core
         bad: list[int] = []
         done = 0
-        for batch in ranges.chunks((_CHUNK if self.between is None else _SHORT_CHUNK) * threads):
+        # several threads are started and joined in each part: those stay long
+        chunk = _CHUNK if self.between is None or threads > 1 else _SHORT_CHUNK
+        for batch in ranges.chunks(chunk * threads):
             if done and self.between is not None:
                 self.between()
             try:

@@ -5,7 +5,8 @@ A process of its own: so its SIGBUS handler, its mappings and its threads are no
 
 import ctypes
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -27,6 +28,8 @@ class Reference:
         made = subprocess.run(["make", "-s", "-C", str(sources)], capture_output=True, text=True, check=False)
         if made.returncode:
             raise HostError(f"the references in {sources} can't be built: {made.stderr.strip() or made.stdout.strip()}")
+        #: the core of a second, always running thread during measures, and what makes our own sleep meanwhile
+        self.beside: tuple[int, Callable[[], AbstractContextManager[None]]] | None = None
         build = sources / "build"
         #: benchmarks/loops.c: loops over pages of ours
         self.loops = ctypes.CDLL(str(build / "loops.so"))
@@ -53,14 +56,20 @@ class Reference:
 
     def measure(self, name: str, *, pages: int, run: int = 0, threads: int = 1, cpu: int = -1) -> int:
         """Run one measure; return the ns of its timed stretch. cpu: where a service thread runs."""
-        return self._ask(f"{name} {pages} {run} {threads} {cpu}")
+        line = f"{name} {pages} {run} {threads} {cpu}"
+        if self.beside is None:
+            return self._ask(line)
+        core, ours_paused = self.beside
+        with ours_paused():
+            self._ask(f"spin {core}")
+            try:
+                return self._ask(line)
+            finally:
+                self._ask("spin -1")
 
-    def place(self, cpus: Sequence[int], spin: int | None = None) -> None:
-        """Run on these cores from now on; spin: the core of a second, always running thread."""
-        self._ask("spin -1")
+    def place(self, cpus: Sequence[int]) -> None:
+        """Run on these cores from now on."""
         self._ask("cpus " + ",".join(map(str, cpus)))
-        if spin is not None:
-            self._ask(f"spin {spin}")
 
     def close(self) -> None:
         """End the coprocess, and wait for it."""

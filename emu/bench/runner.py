@@ -7,7 +7,7 @@ from typing import Any
 
 from emu.bench.once import in_its_own_process
 from emu.bench.row import Row, Sides
-from emu.bench.spread import Estimate, estimate
+from emu.bench.spread import CONFIDENCE, Estimate, estimate
 from emu.bench.stage import Stage
 from emu.errors import EmuError
 
@@ -55,8 +55,8 @@ class RowResult:
 
     @property
     def met(self) -> bool | None:
-        """Whether the median meets the target; None without one."""
-        if self.row.target is None or self.error is not None:
+        """Whether the median meets the target; None without one, or with too few rounds to say (fewer than six)."""
+        if self.row.target is None or self.error is not None or self.judged.confidence < CONFIDENCE:
             return None
         value = self.judged.median
         return value <= self.row.target if self.row.better == "lower" else value >= self.row.target

@@ -1,7 +1,9 @@
 """The stage that a row is measured on: which cores, and whether a second thread of the process is running.
 
-The measuring thread is pinned to the first core. The second thread hashes a large buffer on the second one, over and
-over, with Python's lock released: it never waits for the measuring thread, nor that one for it.
+The measuring thread is pinned to the first core. The second thread computes a long hash on the second one, over and
+over, with Python's lock released and no memory to speak of: it never waits for the measuring thread, nor that one for
+it. The reference's process has a spinning thread of its own, which runs during its measures only; meanwhile ours
+sleeps, since two on one core would run half of the time each.
 """
 
 import hashlib
@@ -15,7 +17,51 @@ from emu.errors import HostError
 
 __all__ = ["Stage"]
 
-_BUFFER = bytes(8 << 20)  # some 5 ms a hash: how long ending the thread may take
+_ROUNDS = 5000  # of the hash, some 2 ms: how long it takes until the thread sleeps
+
+
+class _Runner:
+    """A thread that runs, but for while it is paused."""
+
+    def __init__(self, cpu: int) -> None:
+        self._cpu = cpu
+        self._change = threading.Condition()
+        self._wanted, self._running, self._ended = True, False, False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        os.sched_setaffinity(0, [self._cpu])  # of this thread
+        while True:
+            with self._change:
+                self._running = self._wanted
+                self._change.notify_all()
+                if self._ended:
+                    return
+                if not self._wanted:
+                    self._change.wait()
+                    continue
+            hashlib.pbkdf2_hmac("sha256", b"emu", b"bench", _ROUNDS)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self._want(False)
+        try:
+            yield
+        finally:
+            self._want(True)
+
+    def _want(self, running: bool) -> None:
+        with self._change:
+            self._wanted = running
+            self._change.notify_all()
+            self._change.wait_for(lambda: self._running is running)
+
+    def end(self) -> None:
+        with self._change:
+            self._ended = True
+            self._change.notify_all()
+        self._thread.join()
 
 
 class Stage:
@@ -45,24 +91,16 @@ class Stage:
         """
         before = os.sched_getaffinity(0)
         mine = [self.cpu, self.second_cpu] if both else [self.cpu]
-        stop = threading.Event()
-        runner = None
-        if second_thread:
-            runner = threading.Thread(target=self._run, args=(stop, self.second_cpu), daemon=True)
-            runner.start()
+        runner = _Runner(self.second_cpu) if second_thread else None
         try:
             os.sched_setaffinity(0, mine)
-            self.reference.place(mine, self.second_cpu if second_thread else None)
+            self.reference.place(mine)
+            if runner is not None:
+                self.reference.beside = (self.second_cpu, runner.paused)
             yield
         finally:
-            stop.set()
+            self.reference.beside = None
             if runner is not None:
-                runner.join()
+                runner.end()
             os.sched_setaffinity(0, before)
             self.reference.place(self.cpus)
-
-    @staticmethod
-    def _run(stop: threading.Event, cpu: int) -> None:
-        os.sched_setaffinity(0, [cpu])  # of this thread
-        while not stop.is_set():
-            hashlib.sha256(_BUFFER)

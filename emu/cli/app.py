@@ -42,6 +42,8 @@ def _drop_output() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; return its exit code."""
     signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, _terminated)
     errors = Console(stderr=True, highlight=False, markup=False)
     errors.soft_wrap = not errors.is_terminal  # a terminal wraps at words, a file gets one line
     try:

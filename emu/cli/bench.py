@@ -34,12 +34,21 @@ def _chosen(names: tuple[str, ...]) -> list[Row]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        bench = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadValue(f"{path} can't be read as a bench: {error}") from None
-    if not isinstance(bench, dict):
-        raise BadValue(f"{path} isn't a bench")
+        bench = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BadValue(f"{path} can't be read as a bench: {error.strerror}") from None
+    except ValueError:
+        raise BadValue(f"{path} can't be read as a bench: it isn't JSON") from None
+    if not isinstance(bench, dict) or bench.get("schema") != SCHEMA:
+        raise BadValue(f"{path} isn't what `emu bench` writes: no schema {SCHEMA}")
     return bench
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise BadValue(f"{path} is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise BadValue(f"no folder {path.parent}: make it, or name another")
 
 
 def _flat(value: Estimate | None) -> tuple[float, float, float] | None:
@@ -75,6 +84,10 @@ def bench(
         raise BadValue(f"rounds {rounds!r} must be from 2 to 1000")
     rows = _chosen(names)
     old = None if compare_with is None else _read(compare_with)
+    if old is not None and names:
+        old["rows"] = [row for row in old["rows"] if any(name in row["name"] for name in names)]
+    if output is not None:
+        _check_writable(output)
     started = time.monotonic()
     status = Console(stderr=True, highlight=False)
     with Reference() as reference, status.status("building the references") as line:
@@ -102,17 +115,13 @@ def bench(
     if path is None and not names:
         name = f"{result['time'][:19].replace(':', '')}-linux-{result['environment']['kernel']}.json"
         path = SOURCES / "results" / name
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        path.parent.mkdir(exist_ok=True)
     changes = [] if old is None else compare(old, result)
     if as_json:
         print(json.dumps(result, indent=2))
     else:
         console = Output()
         print_bench(result, console)
-        if path is not None:
-            console.print(f"written: {path}", soft_wrap=True)
         if old is not None:
             console.print()
             print_changes(
@@ -120,6 +129,9 @@ def bench(
                 machines_differ(old, result),
                 console,
             )
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        status.print(f"written: {path}", soft_wrap=True)
     failed = [r.row.name for r in results if r.met is False or r.error is not None]
     failed += [c.name for c in changes if c.verdict == "worse"]
     if check and failed:

@@ -2,8 +2,9 @@
 
 There is no second thread. The machine calls the view in the guest's own thread, between native calls and while it
 sleeps (Machine.watch); the view takes a snapshot, draws, reads the keys, and meanwhile the guest's clock stands still.
-So what is drawn is a moment between two steps of the guest, nothing races, and watching costs wall time that is
-measured and shown, and no guest time. The time between two looks is at least twenty times what the last one took.
+So what is drawn is a moment between two steps of the guest, nothing races, and looking costs wall time that is measured
+and shown, and no guest time. (Loops that only touch go in shorter parts meanwhile, and lose some per cent by it.) The
+time between two looks is at least twenty times what the last one took.
 
 In a pipe there is a plain line each second instead.
 """
@@ -28,7 +29,7 @@ from emu.clock import ScaledClock
 from emu.errors import EmuError
 from emu.frames import Event
 from emu.machine import Machine
-from emu.mechanisms import MECHANISMS
+from emu.mechanisms import MECHANISMS, Mechanism
 from emu.observe.snapshot import Snapshot
 from emu.report.live import LiveState, compose, map_cells, plain_line
 from emu.units import format_size, seconds_text
@@ -83,7 +84,9 @@ class _Watching:
         self.state = LiveState(title, unicode=console.encoding.lower().startswith("utf"))
 
     def on_step(self, name: str) -> None:
-        self.state.events.append((self._machine.clock.now(), name))
+        # at the time of its row, which has just been sampled
+        at = self.state.snapshot.t if self.state.snapshot else self._machine.clock.now()
+        self.state.events.append((at, name))
 
     @contextlib.contextmanager
     def _guest_time_stands(self) -> Iterator[None]:
@@ -134,7 +137,7 @@ class PlainView(_Watching):
 
     def on_step(self, name: str) -> None:
         super().on_step(name)
-        self._print(f"t {seconds_text(self._machine.clock.now()):>7}  -- {name}")
+        self._print(f"t {seconds_text(self.state.events[-1][0]):>7}  -- {name}")
 
     def on_sample(self, snapshot: Snapshot) -> None:
         self._take(snapshot)
@@ -187,6 +190,8 @@ class TerminalView(_Watching):
         super().__init__(machine, title, console)
         self._live = Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop")
         self._keys = _Keys(sys.stdin)
+        self._first = machine.mechanism
+        self.state.keys = self._keys.there
         self._paused = False
         self._pause_after: int | None = None  # passes of reporting
         self._suspended = False
@@ -197,20 +202,27 @@ class TerminalView(_Watching):
     # ---- the terminal
 
     def __enter__(self) -> Self:
-        self._former = signal.signal(signal.SIGTSTP, self._on_stop)
+        # a former handler of None isn't Python's, and can't be put back; one that ignores (no job control) stays
+        if signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
+            self._former = signal.signal(signal.SIGTSTP, self._on_stop)
         try:
             self._show()
             self._machine.watch(self._look)
         except BaseException:
-            self._hide()
+            self._leave()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self._hide()
-        signal.signal(signal.SIGTSTP, self._former)
+        self._leave()
         if not self._machine.ram.closed:
             self._machine.watch(None)
+
+    def _leave(self) -> None:
+        self._hide()
+        if self._former is not None:
+            signal.signal(signal.SIGTSTP, self._former)
+            self._former = None
 
     def _show(self) -> None:
         self._keys.start()
@@ -235,17 +247,16 @@ class TerminalView(_Watching):
     # ---- looking
 
     def _look(self, idle: bool) -> None:
-        if self._suspended:
-            with self._guest_time_stands():
+        with self._guest_time_stands():
+            if self._suspended:
                 self._suspend()
-        self._press(self._keys.read(), idle)
-        if self._pause_after is not None and self._passes() >= self._pause_after:
-            self._pause_after = None
-            self._pause(True)
-        if time.monotonic() >= self._next:
-            self._draw_now()
-        if self._paused:
-            with self._guest_time_stands():
+            self._press(self._keys.read(), idle)
+            if self._pause_after is not None and self._passes() >= self._pause_after:
+                self._pause_after = None
+                self._pause(True)
+            if time.monotonic() >= self._next:
+                self._draw_now()
+            if self._paused:
                 self._stay(idle)
 
     def _stay(self, idle: bool) -> None:
@@ -258,14 +269,13 @@ class TerminalView(_Watching):
             self._press(typed, idle)
             if typed or self._console.size != self._size:
                 self._draw_now()
-            if not self._keys.there:
-                self._paused = False
+            if not self._keys.there:  # and so nobody to go on
+                self._pause(False)
 
     def _draw_now(self) -> None:
-        with self._guest_time_stands(), self._timed():
+        with self._timed():
             width, height = self._console.size
-            if not self._ended:
-                self._take(self._machine.snapshot(cells=map_cells(width, height)))
+            self._take(self._machine.snapshot(cells=map_cells(width, height)))
             self._draw()
 
     def _draw(self) -> None:
@@ -307,7 +317,7 @@ class TerminalView(_Watching):
             self.state.message = ""
             if key == "q":
                 self._ended = True
-                raise Stopped
+                raise Stopped(self._machine.snapshot(exact=True))
             if key == " ":
                 self._pause(not self._paused)
             elif key in "+-":
@@ -338,28 +348,35 @@ class TerminalView(_Watching):
         return self._machine.stats().get("report_passes", 0)
 
     def _step(self, idle: bool) -> None:
-        due = self._machine.guest.next_timer
-        if self._machine.guest.reporting is None or due is None:
-            self.state.message = "no reporting pass is queued"
+        reporting = self._machine.guest.reporting
+        if reporting is None:
+            self.state.message = f"mechanism {self._machine.mechanism.name} makes no passes"
             return
         self._pause_after = self._passes() + 1
         self._pause(False)
         clock = self._machine.clock
-        if idle and isinstance(clock, ScaledClock):
-            clock.skip_to(due)
+        if reporting.next_pass is None:
+            self.state.message = "on to the next pass: one is queued when enough has been freed"
+        elif idle and isinstance(clock, ScaledClock):
+            clock.skip_to(reporting.next_pass)
 
     def _next_mechanism(self, idle: bool) -> None:
         if not idle:
             self.state.message = "the guest is busy: m works while it waits"
             return
-        names = list(MECHANISMS)
-        name = names[(names.index(self._machine.mechanism.name) + 1) % len(names)]
+        # the one that the run began with keeps its settings
+        others = [name for name in MECHANISMS if name != self._first.name]
+        known: list[Mechanism | str] = [self._first, *others]
+        now = self._machine.mechanism
+        at = 0 if now is self._first else known.index(now.name)
+        new = known[(at + 1) % len(known)]
         try:
-            self._machine.switch_mechanism(name)
+            self._machine.switch_mechanism(new)
         except EmuError as error:
             self.state.message = str(error)
             return
-        self.state.events.append((self._machine.clock.now(), f"mechanism {name}"))
+        self._pause_after = None
+        self.state.events.append((self._machine.clock.now(), f"mechanism {self._machine.mechanism.name}"))
 
 
 def _with_map(snapshot: Snapshot, map_: Any) -> Snapshot:

@@ -1,7 +1,7 @@
 """RamFile: a file that lives in memory only, as one of ramfs or tmpfs without swap (fs/ramfs, mm/shmem.c).
 
 Its pages are page cache with nothing behind it: they come into being at the first access, zeroed, and stay until the
-file is unlinked. So they count as cached, and can't be dropped.
+file is unlinked and nobody maps it any more. So they count as cached, and can't be dropped.
 """
 
 from array import array
@@ -31,8 +31,9 @@ class RamFile:
         self.pages = self.size // FRAME_SIZE
         #: pages in the cache
         self.present = 0
-        #: mappings of it
+        #: mappings of it; and whether its name is gone
         self.mapped = 0
+        self.unlinked = False
         self._key = kernel.new_key()
         self._frame = lazy_bytes(4 * self.pages).cast("I")  # frame + 1; 0 = not there yet
 
@@ -83,6 +84,8 @@ class RamFile:
     def fill(self, *, seed: int) -> None:
         """Fill the file with content that follows from the seed and each page's place."""
         self._kernel.check_running()
+        if self.unlinked:
+            raise GuestError("the file was unlinked")
         self.populate(0, self.pages)
         self._kernel.memory.vcpu(Op.FILL, Ranges.of_frames(self.frames(0, self.pages), self._key), seed)
 
@@ -93,10 +96,25 @@ class RamFile:
 
     @in_kernel
     def unlink(self) -> None:
-        """Free the file. Raises GuestError while it is mapped."""
+        """Take the name away: the pages go with the last mapping (iput_final)."""
         self._kernel.check_running()
-        if self.mapped:
-            raise GuestError("the file is mapped: unmap it first")
+        self.unlinked = True
+        self._release()
+
+    def map(self) -> None:
+        """One more mapping. Raises GuestError when the file has no name any more."""
+        if self.unlinked:
+            raise GuestError("the file was unlinked: it can't be mapped any more")
+        self.mapped += 1
+
+    def unmap(self) -> None:
+        """One less."""
+        self.mapped -= 1
+        self._release()
+
+    def _release(self) -> None:
+        if not self.unlinked or self.mapped:
+            return
         spans = self.spans()
         self._frame[:] = memoryview(bytes(4 * self.pages)).cast("I")
         self.present = 0

@@ -14,6 +14,9 @@ A page-table entry is written after its frame was cleared. Were it the other way
 fill() and verify() seed a page's content by its place in its mapping, not by its frame: a page that got mixed up with
 another one is found.
 
+A private mapping of a file shows the cache's pages until it writes, and then its copies (do_cow_fault). Deviation: a
+page that is only read has no entry here, so it counts neither as a fault nor in the process's RSS (Linux: RssFile).
+
 Sizes and offsets are bytes or text, whole pages.
 """
 
@@ -66,7 +69,7 @@ class Mapping:
         self.huge = huge
         self.file = file
         if file is not None:
-            file.mapped += 1
+            file.map()
         #: pages that have a frame
         self.present = 0
         self._key = kernel.new_key()
@@ -116,7 +119,7 @@ class Mapping:
         first, end = self._span(offset, length)
         wrong = self._kernel.memory.vcpu(Op.VERIFY, self._ranges(first, end), seed, threads=threads)
         bad = {frame + 1 for frame in wrong}
-        # a page without a frame reads as zeros, which no fill leaves
+        # a page without a frame reads as zeros, or as the file: not what a fill of this mapping leaves
         return [page * FRAME_SIZE for page in range(first, end) if (entry := self._frame[page]) == 0 or entry in bad]
 
     @in_kernel
@@ -173,11 +176,11 @@ class Mapping:
         if not rest and self in self.process.mappings:
             self.process.mappings.remove(self)
             if self.file is not None:
-                self.file.mapped -= 1
+                self.file.unmap()
 
     @in_kernel
     def madvise_dontneed(self, offset: int | str = 0, length: int | str | None = None) -> None:
-        """Free the frames of a part; it stays mapped and reads as zero."""
+        """Free the frames of a part; it stays mapped and reads as zero, or as the file."""
         first, end = self._span(offset, length)
         self._zap(first, end)
 

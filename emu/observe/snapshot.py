@@ -36,9 +36,9 @@ class FaultView:
     service: str
     placement: str
     samples: int
-    p50: int
-    p99: int
-    max: int
+    p50_ns: int
+    p99_ns: int
+    max_ns: int
 
     @classmethod
     def of(cls, kind: str, service: str, placement: str, latency: Histogram) -> "FaultView":

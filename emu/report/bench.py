@@ -68,7 +68,7 @@ def print_bench(bench: Mapping[str, Any], console: Console) -> None:
     for line in (
         "",
         "ratio: ours / reference, median of the rounds' ratios, taken by turns; interval: of that median, at least "
-        f"{bench['confidence']:.1%} certain (order statistics)",
+        f"{bench['confidence']:.1%} certain (order statistics); met: by the median",
         f"{bench['rounds']} rounds; Linux {env['kernel']}, {env['cpus']} x {env['cpu']}; Python {env['python']}; "
         f"THP {env['thp']}; userfaultfd {env['uffd_rung']}; {bench['seconds']:.0f} s",
         f"again: {bench['command']}",

@@ -28,15 +28,16 @@ HELP = """\
 q      stop the run; its table is printed
 space  pause: the guest and its clock stand still; again: go on
 + -    guest time twice or half as fast
-s      on to the end of the next reporting pass, and pause there
+s      on to the end of the next reporting pass, whenever that is, and pause
 m      the next mechanism, on the same state
 ?      this page
 
 Map: a cell is a letter for what most of its frames are, capital when all
 are, small when it is mixed (a comma for a dot). What the host doesn't hold
 is a dot, whoever has it in the guest.
-RSS and LazyFree are the kernel's. RSS~: of a large guest, asked where
-something may have changed, and in rotation elsewhere.
+RSS and LazyFree are the kernel's. RSS~: with more than 512 MiB of pages,
+asked where something may have changed, and in rotation elsewhere.
+flagged: free memory with the Reported flag, which lasts until it is used.
 books: RSS minus what our frame states say. It must be 0.
 Rates are per guest second, over the last two. Latencies are of one fault
 in eight, as the faulting vCPU saw it.
@@ -88,6 +89,8 @@ class LiveState:
     run_seconds: float = 0.0
     looks: int = 0
     unicode: bool = True
+    #: whether there is a keyboard
+    keys: bool = True
 
     def add(self, snapshot: Snapshot) -> None:
         """Take a new snapshot; of the history, the last minute and one sample before it stay."""
@@ -99,9 +102,9 @@ class LiveState:
             self.history.popleft()
 
     def rates(self) -> Sample | None:
-        """Return faults, reports and bytes given back per guest second; None before any has passed."""
-        if not self.history:
-            return None
+        """Return faults, reports and bytes given back per guest second; None before any has passed, or when stepped."""
+        if not self.history or (self.snapshot is not None and self.snapshot.clock == "step"):
+            return None  # stepped time passes where nothing is done: a rate over it means nothing
         last = self.history[-1]
         first = last
         for sample in reversed(self.history):
@@ -180,40 +183,42 @@ def _title(state: LiveState, s: Snapshot | None, width: int) -> Text:
 def _head(s: Snapshot, width: int) -> Text:
     bloat = "-" if not s.guest_used_bytes else f"{s.footprint_bytes / s.guest_used_bytes:.2f}x"
     books = s.books_difference
-    parts = [
-        (" RSS ", "dim"),
-        (mib_text(s.rss_bytes), "bold"),
-        ("" if s.rss_exact else "~", ""),
-        (" + tables ", "dim"),
-        (mib_text(s.footprint_bytes - s.rss_bytes), ""),
-        (" = footprint ", "dim"),
-        (mib_text(s.footprint_bytes), "bold"),
-        ("  used ", "dim"),
-        (mib_text(s.guest_used_bytes), "bold"),
-        ("  bloat ", "dim"),
-        (bloat, ""),
-        ("  books ", "dim"),
-        (f"{books:+,}" if books else "0", "" if books <= 0 else "bold red"),
-    ]
-    more = [
-        ("  LazyFree ", "dim"),
-        (mib_text(s.lazyfree_bytes), ""),
-        ("  cached ", "dim"),
-        (mib_text(s.guest_cached_bytes), ""),
-        ("  (MiB)", "dim"),
-    ]
-    line = _line(parts)
-    for i in range(0, len(more), 2):
-        extra = _line(more[i : i + 2])
-        if line.cell_len + extra.cell_len <= width:
-            line.append_text(extra)
+    line = _line(
+        [
+            (" MiB: RSS ", "dim"),
+            (mib_text(s.rss_bytes), "bold"),
+            ("" if s.rss_exact else "~", ""),
+            (" + tables ", "dim"),
+            (mib_text(s.footprint_bytes - s.rss_bytes), ""),
+            (" = footprint ", "dim"),
+            (mib_text(s.footprint_bytes), "bold"),
+            ("  used ", "dim"),
+            (mib_text(s.guest_used_bytes), "bold"),
+            ("  books ", "dim"),
+            (f"{books:+,}" if books else "0", "" if books <= 0 else "bold red"),
+        ]
+    )
+    for label, value in (
+        ("bloat", bloat),
+        ("LazyFree", mib_text(s.lazyfree_bytes)),
+        ("cached", mib_text(s.guest_cached_bytes)),
+    ):
+        more = _line([(f"  {label} ", "dim"), (value, "")])
+        if line.cell_len + more.cell_len > width:
+            break
+        line.append_text(more)
     return line
+
+
+def _marks(state: LiveState) -> tuple[str, str, str, str, str, str]:
+    # RSS, used, footprint: a level and a rise each
+    return ("━", "┃", "┄", "┊", "·", "·") if state.unicode else ("#", "#", "-", ":", ".", ".")
 
 
 def _curves(state: LiveState, s: Snapshot, width: int, height: int) -> list[list[tuple[str, str]]]:
     label = 6
     top = max([sample.footprint for sample in state.history] + [sample.used for sample in state.history] + [1 << 20])
-    marks = ("━", "┃", "┄", "┊", "·", "·") if state.unicode else ("#", "#", "-", ":", ".", ".")
+    marks = _marks(state)
     series = [
         Series([(h.t, h.footprint) for h in state.history], marks[4], marks[5], "dim"),
         Series([(h.t, h.used) for h in state.history], marks[2], marks[3], "green"),
@@ -250,7 +255,7 @@ def _rates(state: LiveState, s: Snapshot) -> list[tuple[str, str]]:
     write = s.write_faults
     latency = "none yet"
     if write.samples:
-        latency = f"p50 {_microseconds(write.p50)} p99 {_microseconds(write.p99)}"
+        latency = f"p50 {_microseconds(write.p50_ns)} p99 {_microseconds(write.p99_ns)}"
     return [
         ("faults/s", "-" if rates is None else f"{rates.faults:,}"),
         ("reports/s", "-" if rates is None else f"{rates.reports:,}"),
@@ -271,7 +276,7 @@ def _blocks(s: Snapshot) -> list[tuple[str, str]]:
         ("4-7", orders(4, 7)),
         ("8-10", orders(8, 10)),
         ("per-CPU", mib_text(s.guest_pcp_bytes)),
-        ("reported", f"{mib_text(reported)}/{mib_text(free)}"),
+        ("flagged", f"{_short(reported)} of {_short(free)}"),
     ]
 
 
@@ -300,10 +305,16 @@ def compose(state: LiveState, width: int, height: int) -> list[Text]:
         map_width, curve_width = _widths(width)
         rows = _map_height(height)
         lines.append(_head(s, width))
+        marks = _marks(state)
         cell = "" if s.page_map is None else format_size(s.page_map.cell_frames * 4096)
         lines.append(
             _rule(
-                [(1, f"map: {cell} a cell, small: mixed"), (map_width + 2, "RSS, used, footprint: 60 s")], width, state
+                [
+                    (1, f"map: {cell} a cell, small: mixed"),
+                    (map_width + 2, f"{marks[0]} RSS {marks[2]} used {marks[4]} footprint"),
+                ],
+                width,
+                state,
             )
         )
         cells = [] if s.page_map is None else map_rows(s.page_map, map_width)
@@ -342,7 +353,8 @@ def compose(state: LiveState, width: int, height: int) -> list[Text]:
     while len(lines) < height - 1:
         lines.append(_line([("", "")]))
     if height > 1:
-        lines.append(_line([(f" {state.message}", "bold") if state.message else (f" {KEYS}", "dim")]))
+        keys = KEYS if state.keys else "no keys: stdin isn't a terminal; Ctrl-C ends the run"
+        lines.append(_line([(f" {state.message}", "bold") if state.message else (f" {keys}", "dim")]))
     for line in lines:
         line.truncate(width)
     return lines
@@ -355,7 +367,7 @@ def plain_line(state: LiveState) -> str:
         return ""
     rates = state.rates()
     per_second = "" if rates is None else f"  faults/s {rates.faults:,}  back/s {mib_text(rates.returned)}"
-    latency = f"  fault p50 {_microseconds(s.write_faults.p50)} us" if s.write_faults.samples else ""
+    latency = f"  fault p50 {_microseconds(s.write_faults.p50_ns)} us" if s.write_faults.samples else ""
     return (
         f"t {seconds_text(s.t):>7}  RSS {mib_text(s.rss_bytes):>8}{'' if s.rss_exact else '~'}  "
         f"used {mib_text(s.guest_used_bytes):>8}  footprint {mib_text(s.footprint_bytes):>8}  "

@@ -49,11 +49,12 @@ def _foot(result: RunResult) -> list[str]:
         )
     for view in result.faults:
         lines.append(
-            f"{view.kind} faults: p50 {view.p50 / 1e3:.1f}, p99 {view.p99 / 1e3:.1f}, max {view.max / 1e3:.1f} us "
-            f"({view.samples:,} timed, one in eight; served {_served(view.service, view.placement)})"
+            f"{view.kind} faults: p50 {view.p50_ns / 1e3:.1f}, p99 {view.p99_ns / 1e3:.1f}, max {view.max_ns / 1e3:.1f} us "
+            f"({view.samples:,} timed: of each thread the first and every eighth; "
+            f"served {_served(view.service, view.placement)})"
         )
     for measure in result.measures.values():
-        lines.append(f"{measure.value:,.1f} {measure.unit}: {measure.what}")
+        lines.append(f"{measure.value:,.{0 if measure.value >= 100 else 2}f} {measure.unit}: {measure.what}")
     lines += result.notes
     lines.append(f"again: {result.command}")
     return lines

@@ -24,7 +24,14 @@ _MOST_SAMPLES = 200  # of one wait
 
 
 class Stopped(Exception):
-    """Raised by whoever watches a run: end it here. Its rows so far are its result."""
+    """Raised by whoever watches a run: end it here. Its rows so far are its result, and `snapshot` is the last of them.
+
+    The guest's own work unwinds on the way out and gives memory back: so the picture is taken before.
+    """
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        super().__init__("stopped")
+        self.snapshot = snapshot
 
 
 def _notes(machine: Machine) -> list[str]:
@@ -96,8 +103,8 @@ def run(
                 sample(exact=True)
             result.phases.append(Phase.of(step.name, last))
             on_step(step.name)
-    except Stopped:
-        sample(exact=True)
+    except Stopped as stopped:
+        last = stopped.snapshot
         result.phases.append(Phase.of("stopped", last))
         result.notes.append("stopped before its end")
     except GuestError as error:  # the guest failed, not the run: its rows so far are worth having
@@ -109,7 +116,11 @@ def run(
     result.measures = workload.measures()
     result.notes += _notes(machine)
     if machine.mechanism is not first_mechanism:
-        result.notes.append(f"the mechanism was switched during the run, at last to {machine.mechanism.name}")
+        settings = ",".join(f"{key}={value}" for key, value in settings_of(machine.mechanism).items())
+        result.notes.append(
+            f"the mechanism was switched during the run, at last to {machine.mechanism.name}"
+            + (f" ({settings})" if settings else "")
+        )
     if machine.clock.name != result.machine["clock"]:
         result.notes.append(f"guest time was made to run at another speed, at last {machine.clock.name}")
     result.books_difference = last.books_difference

@@ -41,7 +41,7 @@ def test_the_last_picture_and_the_table_agree_to_the_digit(terminal, width, heig
     code, after = t.finish()
     assert code == 0
     assert t.as_found
-    rss, footprint, used = re.search(r"RSS (\S+) .*footprint (\S+)  used (\S+)", frame[1]).groups()
+    rss, footprint, used = re.search(r"MiB: RSS (\S+) .*footprint (\S+)  used (\S+)", frame[1]).groups()
     last = [line for line in after.splitlines() if line.startswith("lists drained")][-1].split()
     assert last[-5:-1] == [used, rss, "0.0", footprint]
     assert f" t {last[-6]} " in frame[0]
@@ -91,11 +91,16 @@ def test_keys(terminal):
     t.type("m")
     t.wait_for(lambda t: any("mechanism: none" in line for line in t.frame))
     t.type("s")
-    t.wait_for(lambda t: "no reporting pass is queued" in t.frame[-1])
+    t.wait_for(lambda t: "none makes no passes" in t.frame[-1])
+    t.type(" ")
+    t.wait_for(lambda t: t.frame[0].rstrip().endswith("paused"))
+    rss, footprint, used = re.search(r"RSS (\S+) .*footprint (\S+)  used (\S+)", t.frame[1]).groups()
     t.type("q")
     code, after = t.finish()
     assert code == 0
-    assert re.search(r"^stopped ", after, re.MULTILINE)
+    stopped = re.search(r"^stopped +(.*)$", after, re.MULTILINE)[1].split()
+    assert stopped[1:3] == [used, rss]
+    assert stopped[4] == footprint
     assert "the mechanism was switched during the run, at last to none" in " ".join(after.split())
     assert not t.raw_mode
 
@@ -110,7 +115,7 @@ def test_a_resized_terminal_is_filled_again(terminal):
     assert t.finish()[0] == 0
 
 
-@pytest.mark.parametrize(("send", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("send", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_gives_the_terminal_back(terminal, send, code):
     t = terminal(LONG)
     t.wait_for(running)

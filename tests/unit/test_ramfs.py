@@ -38,14 +38,16 @@ def test_a_private_mapping_shows_the_file_until_it_is_written(kernel):
     assert one.read(0, 5) == content[:5]
     assert one.read(MIB, 10) == content[MIB : MIB + 5] + b"mine" + content[MIB + 9 : MIB + 10]
     assert two.read(0, MIB) == b"two's" + content[5:MIB]
-    with pytest.raises(GuestError, match="mapped"):
-        file.unlink()
+    file.unlink()
+    with pytest.raises(GuestError, match="unlinked"):
+        kernel.spawn("c").mmap("1MiB", file=file)
+    with pytest.raises(GuestError, match="unlinked"):
+        file.fill(seed=1)
     one.madvise_dontneed("1MiB", "1MiB")
     assert one.read(0, 2 * MIB) == content
     one.munmap()
+    assert kernel.cached_bytes == 2 * MIB
     two.process.exit()
-    assert kernel.used_bytes == 2 * MIB
-    file.unlink()
     assert kernel.used_bytes == kernel.cached_bytes == 0
 
 

@@ -59,6 +59,21 @@ def _all_then_all(buddy: Buddy, n: int) -> None:
 
 
 @contextmanager
+def kernel_pairs(stage: Stage) -> Iterator[Sides]:
+    with Machine("1GiB", "none", clock=StepClock(), uffd="off") as machine:
+        alloc, free = machine.guest.alloc_frames, machine.guest.free_pages
+
+        def ours() -> float:
+            start = perf_counter_ns()
+            for _ in range(_PAIRS):
+                pfn, count, _ = alloc(1)[0]
+                free([(pfn, count)])
+            return _PAIRS * 1e6 / (perf_counter_ns() - start)
+
+        yield Sides(ours)
+
+
+@contextmanager
 def bulk(stage: Stage) -> Iterator[Sides]:
     """Allocate and free 1 GiB of frames, by block: the frames of both count."""
     buddy = Buddy(1 << 18)
@@ -134,10 +149,12 @@ def page_fault1(stage: Stage) -> Iterator[Sides]:
 
 
 ROWS = [
-    Row("buddy-pair", "alloc and free of one frame, by turns: a block split down and merged up each time",
+    Row("buddy-pair", "alloc and free of one frame, by turns, out of a block of order 10 (nobody looks at the splits)",
         "k pairs/s", "higher", _pairs(_one_by_one), target=400, own_process=True),
     Row("buddy-pair-held", "the same while a neighbour is allocated: neither splits nor merges",
         "k pairs/s", "higher", _pairs(_one_by_one, held=True), target=400, own_process=True),
+    Row("kernel-pair", "the way that a guest's pages go: one frame from the per-CPU list and back, through the kernel",
+        "k pairs/s", "higher", kernel_pairs, own_process=True),
     Row("buddy-batch", "20,000 single frames allocated, then freed in the same order",
         "k pairs/s", "higher", _pairs(_all_then_all), target=400, own_process=True),
     Row("buddy-bulk", "1 GiB of frames allocated and freed, by block",
