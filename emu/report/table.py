@@ -49,8 +49,8 @@ def _foot(result: RunResult) -> list[str]:
         )
     for view in result.faults:
         lines.append(
-            f"{view.kind} faults: p50 {view.p50_ns / 1e3:.1f}, p99 {view.p99_ns / 1e3:.1f}, max {view.max_ns / 1e3:.1f} us "
-            f"({view.samples:,} timed: of each thread the first and every eighth; "
+            f"{view.kind} faults: p50 {view.p50_ns / 1e3:.1f}, p99 {view.p99_ns / 1e3:.1f}, "
+            f"max {view.max_ns / 1e3:.1f} us ({view.samples:,} timed: of each thread the first and every eighth; "
             f"served {_served(view.service, view.placement)})"
         )
     for measure in result.measures.values():
