@@ -12,7 +12,7 @@
  * make one system call for the batch, publish.  A batch holds at most BATCH frames, which bounds how long a fault may
  * find its frame BUSY, and at most RUNS ranges, which is what process_madvise(2) takes (UIO_MAXIOV).  BATCH is a
  * compromise: with another thread of the process running each madvise costs an interrupt to its core (17 us), which is
- * 4 % of what taking 4 MiB costs and 0.3 % of 64 MiB; and a fault that falls into it waits as long as the kernel takes
+ * 17 % of what taking 4 MiB costs and 1 % of 64 MiB; and a fault that falls into it waits as long as the kernel takes
  * to free 16,384 pages (1.6 ms at 100 ns each, and there is no bound on what a kernel takes).  Where ranges can't share
  * a system call, or a page needs more than freeing, batches are smaller.  Frames that hold nothing cost no system call; a
  * block whose summary word is 0 isn't even walked, and a batch that has waited for WALK frames to be looked at goes as it
