@@ -24,14 +24,18 @@ class _Runner:
     """A thread that runs, but for while it is paused."""
 
     def __init__(self, cpu: int) -> None:
-        self._cpu = cpu
         self._change = threading.Condition()
         self._wanted, self._running, self._ended = True, False, False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+        assert self._thread.native_id is not None
+        try:
+            os.sched_setaffinity(self._thread.native_id, [cpu])
+        except OSError as error:
+            self.end()
+            raise HostError(f"no thread can run on core {cpu}: {error.strerror}") from None
 
     def _run(self) -> None:
-        os.sched_setaffinity(0, [self._cpu])  # of this thread
         while True:
             with self._change:
                 self._running = self._wanted
@@ -55,7 +59,8 @@ class _Runner:
         with self._change:
             self._wanted = running
             self._change.notify_all()
-            self._change.wait_for(lambda: self._running is running)
+            if not self._change.wait_for(lambda: self._running is running, timeout=10):
+                raise HostError("the second thread doesn't answer")
 
     def end(self) -> None:
         with self._change:

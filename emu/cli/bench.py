@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +40,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise BadValue(f"{path} can't be read as a bench: {error.strerror}") from None
     except ValueError:
         raise BadValue(f"{path} can't be read as a bench: it isn't JSON") from None
-    if not isinstance(bench, dict) or bench.get("schema") != SCHEMA:
+    if not isinstance(bench, dict) or bench.get("schema") != SCHEMA or not isinstance(bench.get("rows"), list):
         raise BadValue(f"{path} isn't what `emu bench` writes: no schema {SCHEMA}")
     return bench
 
@@ -49,6 +50,8 @@ def _check_writable(path: Path) -> None:
         raise BadValue(f"{path} is a folder: name a file in it")
     if not path.parent.is_dir():
         raise BadValue(f"no folder {path.parent}: make it, or name another")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise BadValue(f"{path} can't be written: no permission")
 
 
 def _flat(value: Estimate | None) -> tuple[float, float, float] | None:

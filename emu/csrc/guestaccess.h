@@ -120,7 +120,10 @@ EMU_GUEST_BYTES static inline void touch_byte(uint8_t *frame, bool write)
 		(void)*(const volatile uint8_t *)frame;
 }
 
-/* note() under a guard, which learns of the promise. The same returns; an error is in the guard, too. */
+/*
+ * note() under a guard, which learns of the promise. The same returns; an error is in the guard, too. A write is one even
+ * if the books said RESIDENT before: a discard and a reader may come between, and the first bytes be stored by then.
+ */
 static inline int promise(struct emu_guard *guard, struct emu_region *r, uint64_t gfn, bool write)
 {
 	int changed = note(r, gfn, write);
@@ -128,7 +131,7 @@ static inline int promise(struct emu_guard *guard, struct emu_region *r, uint64_
 	if (changed < 0) {
 		guard->err = changed;
 		guard->gfn = gfn;
-	} else if (changed) {
+	} else if (changed || write) {
 		guard->promised_write = write;
 		guard->promised = gfn;
 	}
@@ -140,31 +143,9 @@ static inline int promise(struct emu_guard *guard, struct emu_region *r, uint64_
 static inline void promise_kept(struct emu_guard *guard, struct emu_region *r, uint64_t gfn, int changed)
 {
 	barrier();
-	if (changed) {
-		guard->promised = EMU_NO_PROMISE;
-		mark(r, gfn);
-	}
-}
-
-/* After a jump out: do what was promised, under the same guard; what stopped the call stays in it. */
-static inline void keep_promise(struct emu_guard *guard)
-{
-	const uint64_t gfn = guard->promised;
-	const bool write = guard->promised_write;
-	const int err = guard->err;
-	const uint64_t bad = guard->gfn;
-
-	if (gfn == EMU_NO_PROMISE)
-		return;
 	guard->promised = EMU_NO_PROMISE;
-	if (!sigsetjmp(guard->env, EMU_SAVEMASK)) {
-		barrier();
-		touch_byte(emu_frame(guard->region, gfn), write);
-		barrier();
-		mark(guard->region, gfn);
-	}
-	guard->err = err;
-	guard->gfn = bad;
+	if (changed)
+		mark(r, gfn);
 }
 
 /*
@@ -188,6 +169,31 @@ static inline int touch_frame(struct emu_guard *guard, struct emu_region *r, uin
 	if (timed)
 		emu_latency_add(r, write ? EMU_LAT_FAULT_WRITE : EMU_LAT_FAULT_READ, emu_now_ns() - t0);
 	return 0;
+}
+
+/*
+ * After a jump out: do what was promised, under the same guard; what stopped the call stays in it.  With a note of its own
+ * and a look afterwards, since a discard and a reader may have come between: then the frame is ZEROMAP again, and a bare
+ * store would make it resident unseen.
+ */
+static inline void keep_promise(struct emu_guard *guard)
+{
+	const uint64_t gfn = guard->promised;
+	const bool write = guard->promised_write;
+	const int err = guard->err;
+	const uint64_t bad = guard->gfn;
+
+	if (gfn == EMU_NO_PROMISE)
+		return;
+	guard->promised = EMU_NO_PROMISE;
+	if (!sigsetjmp(guard->env, EMU_SAVEMASK)) {
+		barrier();
+		if (!touch_frame(guard, guard->region, gfn, write, false))
+			mark(guard->region, gfn); /* the promise itself may have been for a page that came without a fault */
+		barrier();
+	}
+	guard->err = err;
+	guard->gfn = bad;
 }
 
 #endif

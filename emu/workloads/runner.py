@@ -74,15 +74,16 @@ def run(
     last = machine.snapshot(exact=True)
     first_mechanism = machine.mechanism
 
-    def sample(*, exact: bool = False) -> Snapshot:
+    def take(now: Snapshot) -> None:
         nonlocal last
-        now = machine.snapshot(exact=exact)
         passed = now.t - last.t
         result.footprint_byte_seconds += passed * (now.footprint_bytes + last.footprint_bytes) / 2
         result.used_byte_seconds += passed * (now.guest_used_bytes + last.guest_used_bytes) / 2
         last = now
         on_sample(now)
-        return now
+
+    def sample(*, exact: bool = False) -> None:
+        take(machine.snapshot(exact=exact))
 
     def steps() -> Iterator[Step]:
         yield from workload.steps(machine)
@@ -104,7 +105,7 @@ def run(
             result.phases.append(Phase.of(step.name, last))
             on_step(step.name)
     except Stopped as stopped:
-        last = stopped.snapshot
+        take(stopped.snapshot)
         result.phases.append(Phase.of("stopped", last))
         result.notes.append("stopped before its end")
     except GuestError as error:  # the guest failed, not the run: its rows so far are worth having

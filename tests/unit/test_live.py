@@ -10,6 +10,8 @@ from emu.machine import Machine
 from emu.observe.pagemap import Stage
 from emu.report.live import LiveState, compose, map_cells, plain_line
 from emu.report.table import mib_text
+from emu.workloads import Step
+from emu.workloads.runner import Stopped, run
 
 
 @pytest.fixture
@@ -251,3 +253,32 @@ def test_a_queued_pass_of_a_mechanism_that_was_switched_off_is_not_run():
         m.switch_mechanism("none")
         assert m.guest.next_timer is None
         assert [label for label, _ in m.snapshot().panel] == ["gives back"]
+
+
+def test_a_run_that_is_stopped_counts_up_to_the_last_picture():
+    """The integrals reach to it, and whoever samples hears of it."""
+
+    class Work:
+        name = "work"
+        verified_frames = corrupt_frames = 0
+
+        def parameters(self):
+            return {}
+
+        def measures(self):
+            return {}
+
+        def steps(self, machine):
+            memory = machine.guest.spawn("a").mmap("16MiB")
+            memory.touch()
+            yield Step("touched")
+            machine.run_for(10)
+            raise Stopped(machine.snapshot(exact=True))
+
+    with Machine("64MiB", "none", clock=StepClock(), uffd="off") as m:
+        heard = []
+        result = run(m, Work(), seed=1, on_sample=heard.append)
+        assert [phase.name for phase in result.phases] == ["touched", "stopped"]
+        assert result.phases[-1].t == heard[-1].t == 10
+        assert result.used_byte_seconds == 10 * (16 << 20)
+        assert result.error is None

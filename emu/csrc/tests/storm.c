@@ -15,6 +15,7 @@ enum { OWN = 512, WRITERS = 3, COMMON = 1024, FRAMES = WRITERS * OWN + COMMON };
 
 struct storm {
 	struct rig *rig;
+	struct rig *lost; /* its frame 1 is; NULL without userfaultfd, where that would be a SIGSEGV */
 	_Atomic int stop;
 	_Atomic uint64_t rounds;
 };
@@ -100,6 +101,21 @@ static void *copier(void *arg)
 	return NULL;
 }
 
+/* Writes into the common area from memory of another region, half of which is lost: each call jumps out in the middle. */
+static void *jumper(void *arg)
+{
+	struct actor *a = arg;
+	struct emu_region *r = a->storm->rig->r;
+
+	while (a->storm->lost && !atomic_load(&a->storm->stop)) {
+		const uint64_t gpa = ((WRITERS * OWN + next(a) % (COMMON - 3)) << EMU_FRAME_SHIFT) + next(a) % 2 * 100;
+		struct emu_progress progress;
+
+		CHECK(emu_guest_write(r, gpa, emu_frame(a->storm->lost->r, 0), 2 * EMU_FRAME_SIZE, &progress) < 0);
+	}
+	return NULL;
+}
+
 /* Looks by marks alone while all change: what rig_check_books() finds afterwards is right only if no mark was lost. */
 static void *looker(void *arg)
 {
@@ -146,7 +162,7 @@ static void *reclaimer(void *arg)
 static int storm(int service, uint32_t fault_around, uint32_t disable)
 {
 	void *(*const bodies[])(void *) = { owner, owner, owner, toucher, toucher, reclaimer, reclaimer,
-		                          copier, looker };
+		                          copier, looker, jumper };
 	enum { N = sizeof(bodies) / sizeof(bodies[0]) };
 	const char *seconds = getenv("STORM");
 	struct storm s = { .rig = rig_open(FRAMES, service, fault_around, disable) };
@@ -157,6 +173,10 @@ static int storm(int service, uint32_t fault_around, uint32_t disable)
 
 	if (!s.rig)
 		return SKIPPED;
+	if (service != EMU_SERVICE_OFF) {
+		s.lost = rig_open(2, service, 1, 0);
+		CHECK_EQ(emu_poison(s.lost->r, &(struct emu_range){ 1, 1, 0 }, 1), 1);
+	}
 	emu_rss_rotate = 0;
 	for (int i = 0; i < N; i++) {
 		actors[i] = (struct actor){ &s, i, 0x9e3779b97f4a7c15u * (uint64_t)(i + 1) };
@@ -173,6 +193,8 @@ static int storm(int service, uint32_t fault_around, uint32_t disable)
 	CHECK_EQ(rig_rss(s.rig), 0);
 	rig_check_books(s.rig);
 	rig_close(s.rig);
+	if (s.lost)
+		rig_close(s.lost);
 	return 0;
 }
 
