@@ -198,6 +198,74 @@ static int storm(int service, uint32_t fault_around, uint32_t disable)
 	return 0;
 }
 
+/*
+ * One frame, round after round, each from the same start: a write to it whose source is lost, while one thread reads it and
+ * one discards it.  A whole storm would repair what a round leaves wrong; here it's looked at after each.
+ */
+struct round {
+	struct storm storm;
+	_Atomic int go, done;
+};
+
+static void *round_helper(void *arg)
+{
+	struct actor *a = arg;
+	struct round *round = (struct round *)a->storm;
+	struct emu_region *r = a->storm->rig->r;
+
+	for (int seen = 0;;) {
+		while (atomic_load(&round->go) == seen)
+			;
+		seen = atomic_load(&round->go);
+		if (atomic_load(&a->storm->stop))
+			return NULL;
+		for (uint64_t spin = next(a) % 2000; spin; spin--)
+			atomic_signal_fence(memory_order_seq_cst);
+		if (a->id)
+			CHECK(emu_discard(r, &(struct emu_range){ 0, 1, 0 }, 1) >= 0);
+		else
+			CHECK_EQ(rig_run(a->storm->rig, EMU_TOUCH_READ, 0, 1, 0, 1, NULL), 0);
+		atomic_fetch_add(&round->done, 1);
+	}
+}
+
+static int a_jump_leaves_true_books(void)
+{
+	struct round round = { .storm.rig = rig_open(8, EMU_SERVICE_INLINE, 1, 0) };
+	const char *seconds = getenv("STORM");
+	const uint64_t end = emu_now_ns() + (uint64_t)((seconds ? atof(seconds) : 0.5) * 1e9);
+	struct rig *rig = round.storm.rig, *lost = rig ? rig_open(2, EMU_SERVICE_INLINE, 1, 0) : NULL;
+	struct actor actors[2];
+	pthread_t threads[2];
+
+	if (!lost)
+		return SKIPPED;
+	CHECK_EQ(emu_poison(lost->r, &(struct emu_range){ 1, 1, 0 }, 1), 1);
+	for (int i = 0; i < 2; i++) {
+		actors[i] = (struct actor){ &round.storm, i, 0x9e3779b97f4a7c15u * (uint64_t)(i + 1) };
+		CHECK_EQ(pthread_create(&threads[i], NULL, round_helper, &actors[i]), 0);
+	}
+	while (emu_now_ns() < end) {
+		struct emu_progress progress;
+
+		CHECK_EQ(rig_run(rig, EMU_TOUCH_READ, 0, 1, 0, 1, NULL), 0);
+		atomic_store(&round.done, 0);
+		atomic_fetch_add(&round.go, 1);
+		CHECK(emu_guest_write(rig->r, 8, emu_frame(lost->r, 1) - 64, 128, &progress) < 0);
+		while (atomic_load(&round.done) < 2)
+			;
+		CHECK_EQ(rig_stat(rig, "nr_resident"), rig_rss(rig));
+	}
+	atomic_store(&round.storm.stop, 1);
+	atomic_fetch_add(&round.go, 1);
+	for (int i = 0; i < 2; i++)
+		CHECK_EQ(pthread_join(threads[i], NULL), 0);
+	rig_check_books(rig);
+	rig_close(rig);
+	rig_close(lost);
+	return 0;
+}
+
 static int storm_inline(void)
 {
 	return storm(EMU_SERVICE_INLINE, 1, 0);
@@ -225,5 +293,6 @@ const struct test storm_tests[] = {
 	{ "storm: thread", storm_thread },
 	{ "storm: thread, fault_around 16", storm_thread_around },
 	{ "storm: off", storm_off },
+	{ "storm: a jump leaves true books", a_jump_leaves_true_books },
 	{ NULL, NULL },
 };
