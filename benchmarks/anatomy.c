@@ -76,6 +76,12 @@ static int compare(const void *a, const void *b)
 	return x < y ? -1 : x > y;
 }
 
+static double median(double *ns)
+{
+	qsort(ns, ROUNDS, sizeof(ns[0]), compare);
+	return ns[ROUNDS / 2];
+}
+
 /* ns a call of `one` over N fresh pages; `registered`: with the uffd */
 static double each(void (*one)(uint8_t *), bool registered, bool resident)
 {
@@ -99,8 +105,7 @@ static double each(void (*one)(uint8_t *), bool registered, bool resident)
 		if (registered)
 			close(uffd);
 	}
-	qsort(ns, ROUNDS, sizeof(ns[0]), compare);
-	return ns[ROUNDS / 2];
+	return median(ns);
 }
 
 static void handle(int sig, void (*handler)(int, siginfo_t *, void *))
@@ -134,8 +139,7 @@ static double drop_run(uint64_t run)
 		ns[r] = (double)(now_ns() - t0) / (double)pages;
 		unmap(p, pages);
 	}
-	qsort(ns, ROUNDS, sizeof(ns[0]), compare);
-	return ns[ROUNDS / 2];
+	return median(ns);
 }
 
 static double drop_vectored(void)
@@ -160,8 +164,7 @@ static double drop_vectored(void)
 		ns[r] = (double)(now_ns() - t0) / (double)(pages / 2);
 		unmap(p, pages);
 	}
-	qsort(ns, ROUNDS, sizeof(ns[0]), compare);
-	return ns[ROUNDS / 2];
+	return median(ns);
 }
 
 struct echo {
@@ -243,8 +246,7 @@ static double protected(void)
 		ns[r] = (double)(now_ns() - t0) / (double)N;
 		unmap(p, 1);
 	}
-	qsort(ns, ROUNDS, sizeof(ns[0]), compare);
-	return ns[ROUNDS / 2];
+	return median(ns);
 }
 
 int main(int argc, char **argv)

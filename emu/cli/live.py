@@ -30,6 +30,7 @@ from emu.errors import EmuError
 from emu.frames import Event
 from emu.machine import Machine
 from emu.mechanisms import MECHANISMS, Mechanism
+from emu.observe.pagemap import PageMap
 from emu.observe.snapshot import Snapshot
 from emu.report.live import LiveState, compose, map_cells, plain_line
 from emu.units import format_size, seconds_text
@@ -88,11 +89,9 @@ class _Watching:
         at = self.state.snapshot.t if self.state.snapshot else self._machine.clock.now()
         self.state.events.append((at, name))
 
-    @contextlib.contextmanager
-    def _guest_time_stands(self) -> Iterator[None]:
+    def _guest_time_stands(self) -> contextlib.AbstractContextManager[None]:
         clock = self._machine.clock
-        with clock.stopped() if isinstance(clock, ScaledClock) else contextlib.nullcontext():
-            yield
+        return clock.stopped() if isinstance(clock, ScaledClock) else contextlib.nullcontext()
 
     def _take(self, snapshot: Snapshot) -> None:
         for event in self._machine.ram.events():
@@ -284,11 +283,9 @@ class TerminalView(_Watching):
         self._live.update(Group(*compose(self.state, width, height)), refresh=True)
 
     def on_sample(self, snapshot: Snapshot) -> None:
-        # the runner's samples are for its table; they carry no map, and go into the curves only
-        map_ = self.state.snapshot.page_map if self.state.snapshot else None
-        self.state.add(snapshot)
-        if self.state.snapshot is not None and map_ is not None:
-            self.state.snapshot = _with_map(snapshot, map_)
+        # the runner's samples are for its table and carry no map: the last one drawn stays
+        last = self.state.snapshot
+        self.state.add(snapshot if last is None else _with_map(snapshot, last.page_map))
 
     def ended(self) -> None:
         if self._ended:  # the user has seen enough
@@ -379,5 +376,5 @@ class TerminalView(_Watching):
         self.state.events.append((self._machine.clock.now(), f"mechanism {self._machine.mechanism.name}"))
 
 
-def _with_map(snapshot: Snapshot, map_: Any) -> Snapshot:
-    return dataclasses.replace(snapshot, page_map=map_)
+def _with_map(snapshot: Snapshot, page_map: PageMap | None) -> Snapshot:
+    return dataclasses.replace(snapshot, page_map=page_map)

@@ -93,11 +93,11 @@ EMU_GUEST_BYTES static uint64_t touch_resident(const struct emu_region *r, uint6
 	if (write)
 		for (uint8_t *frame = emu_frame(r, gfn); frame < end; frame += EMU_FRAME_SIZE) {
 			__builtin_prefetch(frame + AHEAD * EMU_FRAME_SIZE, 1);
-			__atomic_fetch_or(frame, 0, __ATOMIC_RELAXED);
+			touch_byte(frame, true);
 		}
 	else
-		for (const uint8_t *frame = emu_frame(r, gfn); frame < end; frame += EMU_FRAME_SIZE)
-			(void)*(const volatile uint8_t *)frame;
+		for (uint8_t *frame = emu_frame(r, gfn); frame < end; frame += EMU_FRAME_SIZE)
+			touch_byte(frame, false);
 	barrier();
 	return n ? resident_run(r, gfn, n) : 0;
 }
@@ -106,25 +106,19 @@ static int walk_frame(struct emu_walk *w, uint64_t gfn, uint64_t key)
 {
 	struct emu_region *r = w->r;
 	const bool write = writes(w->op), copies = w->op == EMU_COPY;
-	const bool first = emu_state_load(r, gfn) == EMU_ZERO;
-	int err = 0;
-	bool good;
+	bool first = emu_state_load(r, gfn) == EMU_ZERO, good;
 
-	if (copies)
-		err = touch_frame(&w->guard, r, key, false, emu_state_load(r, key) == EMU_ZERO);
-	if (err)
-		return err;
-	if (first || w->op == EMU_TOUCH_WRITE || w->op == EMU_TOUCH_READ) {
-		err = touch_frame(&w->guard, r, gfn, write, first);
-		if (err || w->op == EMU_TOUCH_WRITE || w->op == EMU_TOUCH_READ)
-			return err;
-	}
+	if (w->op == EMU_TOUCH_WRITE || w->op == EMU_TOUCH_READ)
+		return touch_frame(&w->guard, r, gfn, write, first);
 	do {
-		int changed;
+		int changed, err;
 
 		/* each time: a discard may have taken either frame since */
-		if (copies && (err = touch_frame(&w->guard, r, key, false, false)))
+		if (copies && (err = touch_frame(&w->guard, r, key, false, emu_state_load(r, key) == EMU_ZERO)))
 			return err;
+		if (first && (err = touch_frame(&w->guard, r, gfn, write, true)))
+			return err;
+		first = false;
 		changed = promise(&w->guard, r, gfn, write);
 		if (changed < 0)
 			return changed;
