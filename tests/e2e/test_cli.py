@@ -2,13 +2,10 @@
 
 import json
 import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -171,29 +168,16 @@ def test_a_reader_that_goes_away_and_a_full_disk():
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
-def test_a_narrow_terminal_loses_columns_not_digits(width):
+def test_a_narrow_terminal_loses_columns_not_digits(terminal, width):
     """No line of the table is longer than the terminal, and numbers stay whole."""
-    control, terminal = pty.openpty()
-    child = subprocess.Popen(
+    t = terminal(
         [*EMU, "run", "memhog", "--size", "16MiB", "--ram", "64MiB", "--rounds", "1", "--speed", "step"],
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": str(width), "LINES": "24"},
+        width=width,
+        env={"COLUMNS": str(width), "LINES": "24"},
     )
-    os.close(terminal)
-    seen = b""
-    while True:
-        try:
-            data = os.read(control, 65536)
-        except OSError:
-            break
-        if not data:
-            break
-        seen += data
-    assert child.wait(30) == 0
-    os.close(control)
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode()).replace("\r", "\n")
+    code, text = t.finish()
+    assert code == 0
+    text = text.replace("\r", "\n")
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     assert max(map(len, lines[lines.index(next(line for line in lines if line.startswith("phase"))) :])) <= width
     assert any(re.match(r"1: touched 16 MiB +.*\b16\.0\b", line) for line in lines)
@@ -201,44 +185,19 @@ def test_a_narrow_terminal_loses_columns_not_digits(width):
 
 
 @pytest.mark.parametrize("send", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_restores_the_terminal_and_leaves_nothing(send):
+def test_an_interrupted_run_restores_the_terminal_and_leaves_nothing(terminal, send):
     """Ctrl-C is 130, SIGTERM 143; the cursor is shown again."""
-    control, terminal = pty.openpty()
-    child = subprocess.Popen(
-        [*EMU, "run", "memhog", "--size", "64MiB", "--ram", "128MiB", "--rounds", "1000"],
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        start_new_session=True,
-        env=os.environ | {"TERM": "xterm"},
-    )
-    os.close(terminal)
-    seen = b""
-    deadline = time.monotonic() + 30
-    sent = False
-    while time.monotonic() < deadline:
-        ready, _, _ = select.select([control], [], [], 0.2)
-        if ready:
-            try:
-                data = os.read(control, 65536)
-            except OSError:
-                break
-            if not data:
-                break
-            seen += data
-        if not sent and b"guest uses" in seen:
-            os.kill(child.pid, send)
-            sent = True
-    assert child.wait(30) == {signal.SIGINT: 130, signal.SIGTERM: 143}[send], seen
-    os.close(control)
-    assert sent
-    assert seen.rfind(b"\x1b[?25h") > seen.rfind(b"\x1b[?25l"), "the cursor is hidden"
-    assert b"Traceback" not in seen
+    t = terminal([*EMU, "run", "memhog", "--size", "64MiB", "--ram", "128MiB", "--rounds", "1000"])
+    t.wait_for(lambda t: "guest uses" in t.seen)
+    t.child.send_signal(send)
+    assert t.finish()[0] == {signal.SIGINT: 130, signal.SIGTERM: 143}[send], t.seen
+    assert t.seen.rfind("\x1b[?25h") > t.seen.rfind("\x1b[?25l"), "the cursor is hidden"
+    assert "Traceback" not in t.seen
     # nobody of its session is left
     assert not [
         pid
         for pid in os.listdir("/proc")
-        if pid.isdigit() and int(pid) != child.pid and _session(int(pid)) == child.pid
+        if pid.isdigit() and int(pid) != t.child.pid and _session(int(pid)) == t.child.pid
     ]
 
 
