@@ -218,6 +218,16 @@ class Region:
         if err:
             raise self._failed(err, progress)
 
+    def copyv(self, ranges: Ranges, skip: int, buffer: Any, write: bool) -> None:
+        """Copy between a buffer (bytes-like; writable for a read) and the ranges' frames from byte `skip` of them
+        on."""
+        progress = ffi.new("struct emu_progress *")
+        with ffi.from_buffer("uint8_t[]", buffer, require_writable=not write) as data:
+            flat = ffi.from_buffer("struct emu_range[]", ranges.flat)
+            err = self._call(lib.emu_guest_copyv, flat, len(ranges), skip, data, len(data), write, progress)
+        if err:
+            raise self._failed(err, progress)
+
     def install(self, gfns: "array[int]", data: Any) -> None:
         with memoryview(data).cast("B") as view, ffi.from_buffer(view) as buffer:
             progress = ffi.new("struct emu_progress *")
@@ -246,13 +256,12 @@ class Region:
             raise HostError(f"PAGEMAP_SCAN: {os.strerror(-err)}")
         return int(result.rss), bool(result.whole)
 
-    def tally(self, ranges: Ranges, cell_frames: int, owners: int) -> "array[int]":
+    def tally(self, memmap: Any, ranges: Ranges, cell_frames: int) -> "array[int]":
         """Count all frames by cell, owner and state; see emu_states_tally."""
-        counts = array("I", bytes(4 * -(-self.frames // cell_frames) * owners * lib.EMU_NR_STATES))
+        counts = array("I", bytes(4 * -(-self.frames // cell_frames) * lib.EMU_NR_OWNERS * lib.EMU_NR_STATES))
         flat = ffi.from_buffer("struct emu_range[]", ranges.flat)
-        err = self._call(
-            lib.emu_states_tally, flat, len(ranges), cell_frames, owners, ffi.from_buffer("uint32_t[]", counts)
-        )
+        into = ffi.from_buffer("uint32_t[]", counts)
+        err = self._call(lib.emu_states_tally, memmap, flat, len(ranges), cell_frames, into)
         if err == -errno.EINVAL:
             raise BadValue("the ranges of a tally must ascend, and their owners be known")
         if err:

@@ -26,8 +26,12 @@ SOURCES = [
     "vcpu.c",
     "rss.c",
     "residency.c",
+    "memmap.c",
+    "pagecache.c",
+    "lru.c",
+    "disk.c",
 ]
-HEADERS = ["emu.h", "core.h", "guestaccess.h", "uapi.h", "emu.cdef.h"]
+HEADERS = ["emu.h", "core.h", "memmap.h", "guestaccess.h", "uapi.h", "emu.cdef.h"]
 
 # setuptools wants paths relative to the project's root
 _relative = [str((CSRC / name).relative_to(HERE.parent)) for name in SOURCES]
@@ -41,7 +45,7 @@ ffibuilder = FFI()
 ffibuilder.cdef((CSRC / "emu.cdef.h").read_text())
 ffibuilder.set_source(
     "emu._uffd",
-    '#include <sys/mman.h>\n#include "uapi.h"\n#include "emu.h"\n',
+    '#include <sys/mman.h>\n#include "uapi.h"\n#include "emu.h"\n#include "memmap.h"\n',
     sources=_relative,
     include_dirs=[str(CSRC.relative_to(HERE.parent))],
     depends=[str((CSRC / name).relative_to(HERE.parent)) for name in HEADERS],

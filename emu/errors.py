@@ -15,8 +15,10 @@ __all__ = [
     "EmuError",
     "ForkedError",
     "GuestError",
+    "GuestIOError",
     "GuestMemoryError",
     "HostError",
+    "OomKilled",
     "OutOfMemory",
     "RangeError",
     "ServiceDeadError",
@@ -118,3 +120,23 @@ class OutOfMemory(GuestError):
         self.order = order
         self.wanted = wanted
         self.free = free
+
+
+class OomKilled(OutOfMemory):
+    """The guest's OOM killer has ended the process that asked for memory. Attributes: pid, and OutOfMemory's."""
+
+    def __init__(self, message: str, *, pid: int, order: int, wanted: int, free: int) -> None:
+        super().__init__(message, order=order, wanted=wanted, free=free)
+        self.pid = pid
+
+
+class GuestIOError(GuestError, OSError):
+    """A guest's system call on a file failed. Attributes: errno, path (in the guest), offset (bytes)."""
+
+    def __init__(self, errno: int, path: str, what: str, *, offset: int = 0) -> None:
+        super().__init__(errno, f"{path}: {what}: {os.strerror(errno)}")
+        self.path = path
+        self.offset = offset
+
+    def __str__(self) -> str:
+        return str(self.strerror)

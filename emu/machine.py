@@ -1,6 +1,7 @@
 """Machine: one guest on one host, with one mechanism between them, on one clock."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -9,10 +10,11 @@ from emu.errors import BadValue, ClosedError
 from emu.guest.kernel import GuestKernel
 from emu.host.hypervisor import Hypervisor
 from emu.mechanisms import Mechanism, make_mechanism
+from emu.observe.pagemap import Stage, take_page_map
 from emu.observe.snapshot import Snapshot, take_snapshot
 from emu.observe.vmstat import read_vmstat
 from emu.ram import GuestRam
-from emu.units import parse_duration
+from emu.units import FRAME_SIZE, parse_duration
 
 __all__ = ["DEFAULT_SPEED", "Machine"]
 
@@ -24,9 +26,10 @@ DEFAULT_SPEED = 10.0  # guest seconds a second: reporting alone takes 30 of them
 class Machine:
     """A machine.
 
-    ram: bytes or text. mechanism: NAME[:key=value,...], or a Mechanism. on_return: what the host does with returned
-    memory, "now" or "lazy". clock, or speed: a factor, "real", or "step"; without either, guest time runs 10 times as
-    fast. guest_thp: the guest's transparent huge page setting. cpus: the guest's. service, uffd, fault_around,
+    ram: bytes or text. mechanism: NAME[:key=value,...], or a Mechanism. disk: a directory, or an image file, of the
+    host; nothing in it is written if disk_read_only, or unless the guest writes. on_return: what the host does with
+    returned memory, "now" or "lazy". clock, or speed: a factor, "real", or "step"; without either, guest time runs 10
+    times as fast. guest_thp: the guest's transparent huge page setting. cpus: the guest's. service, uffd, fault_around,
     service_cpu, disable: as in GuestRam.
 
     The guest's kernel is single-threaded: calls from several threads wait for each other. Ctrl-C in the middle of a
@@ -40,6 +43,8 @@ class Machine:
         ram: int | str = "1GiB",
         mechanism: str | Mechanism = "none",
         *,
+        disk: str | Path | None = None,
+        disk_read_only: bool = False,
         on_return: str = "now",
         clock: Clock | None = None,
         speed: float | str | None = None,
@@ -67,8 +72,12 @@ class Machine:
         try:
             self._host = Hypervisor(self._ram, on_return=on_return)
             self._guest = GuestKernel(self._ram, self.clock, thp=guest_thp, cpus=cpus)
+            if disk is not None:
+                self._guest.mount(self._host.add_disk(disk, read_only=disk_read_only))
             self.mechanism.attach(self._guest, self._host)
         except BaseException:
+            for opened in self._host.disks if hasattr(self, "_host") else ():
+                opened.close()
             self._ram.close()
             raise
 
@@ -90,6 +99,10 @@ class Machine:
         """The host. Raises ClosedError after close()."""
         self._check()
         return self._host
+
+    def add_disk(self, path: str | Path, at: str, *, read_only: bool = False) -> None:
+        """Mount another disk: a directory or an image file of the host, below `at` in the guest. Raises BadValue."""
+        self.guest.mount(self.host.add_disk(path, read_only=read_only), at)
 
     def _check(self) -> None:
         if self._closed:
@@ -212,9 +225,18 @@ class Machine:
                 clock=self.clock.name,
                 mechanism=self.mechanism.name,
                 panel=self.mechanism.panel(self._guest, self._host),
+                chain=self.mechanism.chain,
+                arrows=self.mechanism.arrows,
                 exact=exact,
                 cells=cells,
             )
+
+    def chain(self) -> dict[str, int]:
+        """Return the bytes of guest RAM by stage (emu.observe.pagemap.Stage); they add up to the RAM."""
+        self._check()
+        with self._guest.kernel_lock:
+            totals = take_page_map(self._guest, self._ram).totals
+        return {stage.name.lower(): n * FRAME_SIZE for stage, n in zip(Stage, totals, strict=True)}
 
     def stats(self) -> dict[str, int]:
         """Return all counters, of guest, host and core."""
@@ -233,4 +255,5 @@ class Machine:
             "uffd": ram.rung.name.lower(),
             "process_madvise": ram.vectored,
             "on_return": self._host.discard.policy,
+            "disks": [repr(disk) for disk in self._host.disks],
         }

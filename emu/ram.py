@@ -242,6 +242,14 @@ class GuestRam:
         self._check_bytes(gpa, memoryview(data).nbytes)
         self._core.write(gpa, data)
 
+    def readv(self, ranges: Ranges, skip: int, into: bytearray | memoryview) -> None:
+        """Fill `into` from the ranges' frames, one after another, from byte `skip` of them on (preadv)."""
+        self._core.copyv(ranges, skip, into, False)
+
+    def writev(self, ranges: Ranges, skip: int, data: bytes | bytearray | memoryview) -> None:
+        """Write data to the ranges' frames likewise (pwritev); whole missing frames are installed, not faulted."""
+        self._core.copyv(ranges, skip, data, True)
+
     def install(self, gfns: Sequence[int], buffer: bytes | bytearray | memoryview | mmap.mmap) -> None:
         """Give frames the pages in buffer (len(gfns) * 4096 bytes): missing ones without a fault (UFFDIO_COPY)."""
         if memoryview(buffer).nbytes != len(gfns) * FRAME_SIZE:
@@ -376,14 +384,15 @@ class GuestRam:
         self._core.latency(lib.EMU_LAT_FAULT_WRITE if write else lib.EMU_LAT_FAULT_READ, histogram.native)
         return histogram
 
-    def tally(self, owned: Iterable[Sequence[int]], cell_frames: int, owners: int) -> "array[int]":
+    def tally(self, memmap: Any, listed: Iterable[Sequence[int]], cell_frames: int) -> "array[int]":
         """Count frames by cell, owner and FrameState: flat, [cell][owner][state], cells of cell_frames each.
 
-        owned: (gfn, count, owner) with owners from 1 to owners - 1, ascending; frames in none are owner 0's.
+        memmap: the guest's descriptors (native), which know the owners. listed: (gfn, count, owner), ascending, for
+        frames of which it is known otherwise.
         """
-        if cell_frames < 1 or owners < 1:
-            raise BadValue(f"cells of {cell_frames!r} frames, {owners!r} owners: give 1 or more")
-        return self._core.tally(Ranges.of(owned), cell_frames, owners)
+        if cell_frames < 1:
+            raise BadValue(f"cells of {cell_frames!r} frames: give 1 or more")
+        return self._core.tally(memmap, Ranges.of(listed), cell_frames)
 
     @property
     def table_bytes(self) -> int:

@@ -51,6 +51,27 @@ int munlock(const void *addr, size_t len);
 #define EMU_NO_DEVICE ...
 #define EMU_NO_SYSCALL ...
 enum emu_state { EMU_ZERO, EMU_ZEROMAP, EMU_RESIDENT, EMU_LAZY, EMU_BUSY, EMU_LOST, EMU_NR_STATES, ... };
+#define EMU_PG_REFERENCED ...
+#define EMU_PG_ACTIVE ...
+#define EMU_PG_DIRTY ...
+#define EMU_PG_WRITEBACK ...
+#define EMU_PG_LOCKED ...
+#define EMU_PG_READAHEAD ...
+#define EMU_PG_WORKINGSET ...
+#define EMU_PG_RECLAIM ...
+#define EMU_PG_YOUNG ...
+#define EMU_LOOKUP_MARK ...
+#define EMU_LOOKUP_SKIP_FIRST ...
+#define EMU_LOOKUP_READAHEAD ...
+#define EMU_LOOKUP_BACKWARD ...
+#define EMU_LOOKUP_MARKER ...
+#define EMU_INSERT_DIRTY ...
+#define EMU_INSERT_WRITE ...
+enum emu_owner { EMU_OWNER_FREE, EMU_OWNER_ANON, EMU_OWNER_SHMEM, EMU_OWNER_ACTIVE, EMU_OWNER_INACTIVE, EMU_OWNER_DIRTY,
+	EMU_OWNER_WRITEBACK, EMU_OWNER_BALLOON, EMU_OWNER_HINTED, EMU_OWNER_PCP, EMU_OWNER_REPORTED, EMU_NR_OWNERS, ... };
+enum emu_lru { EMU_LRU_INACTIVE_ANON, EMU_LRU_ACTIVE_ANON, EMU_LRU_INACTIVE_FILE, EMU_LRU_ACTIVE_FILE, EMU_LRU_UNEVICTABLE,
+	EMU_NR_LRU, ... };
+enum emu_remove { EMU_REMOVE_TRUNCATE, EMU_REMOVE_INVALIDATE, EMU_REMOVE_EVICT, ... };
 enum emu_service { EMU_SERVICE_OFF, EMU_SERVICE_INLINE, EMU_SERVICE_THREAD, ... };
 enum emu_rung { EMU_RUNG_OFF, EMU_RUNG_USER, EMU_RUNG_FULL, ... };
 enum emu_door { EMU_DOOR_NONE, EMU_DOOR_SYSCALL, EMU_DOOR_DEVICE, ... };
@@ -74,6 +95,20 @@ struct emu_event { uint64_t ns; uint64_t gfn; uint32_t count; uint16_t type; uin
 struct emu_residency { int64_t present, zeropage, swapped, huge; };
 struct emu_look { int64_t rss, asked; int whole; };
 struct emu_region;
+struct emu_memmap_stats {
+	int64_t nr_owner[...]; int64_t nr_lru[...]; int64_t nr_mapped, nonresident_age; uint16_t gen;
+	int64_t pgactivate, pgdeactivate, pgrefill, pgrotated;
+	int64_t workingset_refault, workingset_activate, workingset_restore;
+};
+struct emu_memmap { struct emu_memmap_stats stats; ...; };
+struct emu_page_info { uint32_t space, index, mapcount; uint16_t flags, gen; uint8_t owner; };
+struct emu_space { uint32_t id; int64_t nr_pages, nr_dirty, nr_writeback; ...; };
+struct emu_shrink {
+	uint64_t nr_to_scan; uint32_t *freed, *mapped;
+	uint64_t nr_scanned, nr_freed, nr_mapped, nr_dirty, nr_writeback, nr_activated, nr_kept, nr_deactivated;
+};
+struct emu_aging { uint16_t sink_after, free_after; uint32_t *freed; uint64_t nr_scanned, nr_sunk, nr_freed; };
+struct emu_file_info { uint32_t dio_mem_align, dio_offset_align; };
 
 /* uffd.c */
 int emu_uffd_open(int want_rung, unsigned disable, struct emu_uffd_info *ret);
@@ -96,8 +131,8 @@ int64_t emu_region_table_bytes(struct emu_region *r);
 
 /* state.c, stats.c, ring.c, sigbus.c */
 int emu_states_copy(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret);
-int emu_states_tally(struct emu_region *r, const struct emu_range *ranges, size_t n, uint64_t cell_frames,
-	int owners, uint32_t *ret);
+int emu_states_tally(struct emu_region *r, const struct emu_memmap *m, const struct emu_range *ranges, size_t n,
+	uint64_t cell_frames, uint32_t *ret);
 int emu_stats_count(void);
 const char *emu_stats_name(int i);
 int emu_stats_read(struct emu_region *r, int64_t *ret);
@@ -117,6 +152,8 @@ int64_t emu_unpoison(struct emu_region *r, const struct emu_range *ranges, size_
 /* guestcopy.c, guestwalk.c, vcpu.c */
 int emu_guest_read(struct emu_region *r, uint64_t gpa, void *buf, uint64_t n, struct emu_progress *ret);
 int emu_guest_write(struct emu_region *r, uint64_t gpa, const void *buf, uint64_t n, struct emu_progress *ret);
+int emu_guest_copyv(struct emu_region *r, const struct emu_range *ranges, size_t n_ranges, uint64_t skip, void *buf,
+	uint64_t n, int write, struct emu_progress *ret);
 int emu_guest_install(struct emu_region *r, const uint64_t *gfns, size_t n, const void *buf, struct emu_progress *ret);
 int emu_vcpu_run(struct emu_region *r, const struct emu_range *ranges, size_t n, struct emu_vcpu_job *job);
 void emu_content_words(uint64_t seed, uint64_t key, uint64_t *ret);
@@ -125,3 +162,29 @@ void emu_content_words(uint64_t seed, uint64_t key, uint64_t *ret);
 int emu_rss_look(struct emu_region *r, int everything, struct emu_look *ret);
 int emu_residency_scan(uint64_t start, uint64_t len, struct emu_residency *ret);
 int64_t emu_residency_mincore(uint64_t start, uint64_t len);
+
+/* memmap.c, pagecache.c, lru.c */
+int emu_memmap_create(uint64_t frames, struct emu_memmap **ret);
+void emu_memmap_destroy(struct emu_memmap *m);
+int emu_pages_use(struct emu_memmap *m, const struct emu_range *ranges, size_t n, int owner);
+int emu_pages_release(struct emu_memmap *m, const struct emu_range *ranges, size_t n);
+int emu_pages_map(struct emu_memmap *m, const struct emu_range *ranges, size_t n, int delta, int young);
+int emu_page_look(struct emu_memmap *m, uint64_t pfn, struct emu_page_info *ret);
+int emu_space_create(struct emu_memmap *m, uint64_t pages, struct emu_space **ret);
+int emu_space_resize(struct emu_memmap *m, struct emu_space *s, uint64_t pages);
+int emu_space_destroy(struct emu_memmap *m, struct emu_space *s);
+int64_t emu_space_lookup(struct emu_memmap *m, struct emu_space *s, uint64_t first, uint64_t count, unsigned how,
+	struct emu_range *runs, size_t cap, size_t *nr_runs);
+int emu_space_insert(struct emu_memmap *m, struct emu_space *s, const struct emu_range *ranges, size_t n, unsigned how);
+int64_t emu_space_remove(struct emu_memmap *m, struct emu_space *s, uint64_t first, uint64_t end, int how,
+	uint32_t *pfns, size_t cap);
+int64_t emu_space_flag(struct emu_memmap *m, struct emu_space *s, uint64_t first, uint64_t end, unsigned set,
+	unsigned clear);
+int64_t emu_space_find(struct emu_memmap *m, struct emu_space *s, uint64_t first, uint64_t end, unsigned mask,
+	unsigned value, struct emu_range *runs, size_t cap, size_t *nr_runs);
+int emu_lru_shrink(struct emu_memmap *m, int list, struct emu_shrink *ret);
+int emu_lru_age(struct emu_memmap *m, struct emu_aging *ret);
+int64_t emu_lru_list(struct emu_memmap *m, int list, uint32_t *pfns, size_t cap);
+
+/* disk.c */
+int emu_file_open(int dirfd, const char *path, int flags, int mode, struct emu_file_info *ret);

@@ -100,11 +100,12 @@ int emu_region_vectored(struct emu_region *r); /* discards many ranges in one sy
 
 int emu_states_copy(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret);
 /*
- * Count all frames by cell, owner and state: ret[cell][owner][state], zeroed by the caller, cells of cell_frames each.
- * A range's key is its owner, 1 .. owners - 1; frames in no range are owner 0's. The ranges ascend and don't overlap.
+ * Count all frames by cell, owner and state: ret[cell][EMU_NR_OWNERS][state], zeroed by the caller, cells of cell_frames
+ * each. A range's key is its owner; the ranges ascend and don't overlap. Frames in no range are whose m says.
  */
-int emu_states_tally(struct emu_region *r, const struct emu_range *ranges, size_t n, uint64_t cell_frames,
-                     int owners, uint32_t *ret);
+struct emu_memmap;
+int emu_states_tally(struct emu_region *r, const struct emu_memmap *m, const struct emu_range *ranges, size_t n,
+                     uint64_t cell_frames, uint32_t *ret);
 int emu_stats_count(void);
 const char *emu_stats_name(int i);
 int emu_stats_read(struct emu_region *r, int64_t *ret); /* emu_stats_count() values */
@@ -136,6 +137,9 @@ struct emu_progress {
 
 int emu_guest_read(struct emu_region *r, uint64_t gpa, void *buf, uint64_t n, struct emu_progress *ret);
 int emu_guest_write(struct emu_region *r, uint64_t gpa, const void *buf, uint64_t n, struct emu_progress *ret);
+/* Bytes [skip, skip + n) of the ranges' frames, one after another, to or from buf (preadv, pwritev). */
+int emu_guest_copyv(struct emu_region *r, const struct emu_range *ranges, size_t n_ranges, uint64_t skip, void *buf,
+                    uint64_t n, int write, struct emu_progress *ret);
 /* Whole frames from buf, in the order of the gfns: missing ones are installed, not faulted. -EEXIST: one comes twice. */
 int emu_guest_install(struct emu_region *r, const uint64_t *gfns, size_t n, const void *buf,
                       struct emu_progress *ret);
@@ -200,6 +204,134 @@ struct emu_look {
 	int whole;     /* all of the RAM was: rss is all of now */
 };
 int emu_rss_look(struct emu_region *r, int everything, struct emu_look *ret); /* -ENOTTY before 6.7 */
+
+/* ---- memmap.c: the guest's page descriptors (mem_map), in the guest's kernel's hands -------------------------- */
+
+/* Whose a frame is. PCP and REPORTED are the allocator's to say, and only come in a tally's ranges. */
+enum emu_owner {
+	EMU_OWNER_FREE,
+	EMU_OWNER_ANON,
+	EMU_OWNER_SHMEM, /* of files that live in memory alone */
+	EMU_OWNER_ACTIVE, /* of the page cache: clean, on the active list */
+	EMU_OWNER_INACTIVE,
+	EMU_OWNER_DIRTY,
+	EMU_OWNER_WRITEBACK,
+	EMU_OWNER_BALLOON,
+	EMU_OWNER_HINTED, /* held by the balloon driver during a free page hinting run */
+	EMU_OWNER_PCP,
+	EMU_OWNER_REPORTED,
+	EMU_NR_OWNERS
+};
+
+enum emu_lru {
+	EMU_LRU_INACTIVE_ANON, EMU_LRU_ACTIVE_ANON, EMU_LRU_INACTIVE_FILE, EMU_LRU_ACTIVE_FILE, EMU_LRU_UNEVICTABLE,
+	EMU_NR_LRU
+};
+
+/* Page flags (PG_*). ACTIVE is read only here: the lists' doing. */
+#define EMU_PG_REFERENCED (1u << 0)
+#define EMU_PG_ACTIVE (1u << 1)
+#define EMU_PG_DIRTY (1u << 2)
+#define EMU_PG_WRITEBACK (1u << 3)
+#define EMU_PG_LOCKED (1u << 4)
+#define EMU_PG_READAHEAD (1u << 5) /* a read that comes here starts the next readahead */
+#define EMU_PG_WORKINGSET (1u << 6)
+#define EMU_PG_RECLAIM (1u << 7) /* reclaim met it dirty: to the inactive tail once it is written */
+#define EMU_PG_YOUNG (1u << 8)   /* accessed through a mapping since reclaim looked: one bit for all PTEs */
+
+struct emu_memmap_stats {
+	int64_t nr_owner[EMU_NR_OWNERS]; /* frames; FREE isn't kept */
+	int64_t nr_lru[EMU_NR_LRU];
+	int64_t nr_mapped;      /* pages of the cache that some process maps */
+	int64_t nonresident_age; /* evictions and activations so far (mm/workingset.c) */
+	uint16_t gen;           /* the generation of now, which accesses stamp: lru.c */
+	int64_t pgactivate, pgdeactivate, pgrefill, pgrotated;
+	int64_t workingset_refault, workingset_activate, workingset_restore;
+};
+
+/* Begins with its stats; the rest is memmap.h's. */
+int emu_memmap_create(uint64_t frames, struct emu_memmap **ret); /* frames < 2^31 */
+void emu_memmap_destroy(struct emu_memmap *m);
+/* Frames just allocated are somebody's: anonymous and shmem ones go to their lists. -EBUSY: one is somebody's already. */
+int emu_pages_use(struct emu_memmap *m, const struct emu_range *ranges, size_t n, int owner);
+/* Frames about to be freed: off their lists, nobody's. -EBUSY, and nothing done: one is in the page cache. */
+int emu_pages_release(struct emu_memmap *m, const struct emu_range *ranges, size_t n);
+/* delta: what is added to mapcounts; young: they are accessed. An unmapped young page counts as accessed (zap_pte_range). */
+int emu_pages_map(struct emu_memmap *m, const struct emu_range *ranges, size_t n, int delta, int young);
+/* A page's flags and whose it is, by its frame; -ERANGE. */
+struct emu_page_info { uint32_t space, index, mapcount; uint16_t flags, gen; uint8_t owner; };
+int emu_page_look(struct emu_memmap *m, uint64_t pfn, struct emu_page_info *ret);
+
+/* ---- pagecache.c: spaces, which know the page of each index (address_space) ----------------------------------- */
+
+struct emu_space {
+	uint32_t id;
+	uint32_t *slot;
+	uint64_t nr_slots;
+	size_t len; /* of the slots' mapping; 0: malloc'ed */
+	int64_t nr_pages, nr_dirty, nr_writeback;
+};
+int emu_space_create(struct emu_memmap *m, uint64_t pages, struct emu_space **ret);
+int emu_space_resize(struct emu_memmap *m, struct emu_space *s, uint64_t pages); /* -EBUSY: pages are there beyond it */
+int emu_space_destroy(struct emu_memmap *m, struct emu_space *s); /* -EBUSY: it has pages */
+
+#define EMU_LOOKUP_MARK 1u       /* mark them accessed (mark_page_accessed) */
+#define EMU_LOOKUP_SKIP_FIRST 2u /* but not the first one */
+#define EMU_LOOKUP_READAHEAD 4u  /* end after a page with PG_readahead */
+#define EMU_LOOKUP_BACKWARD 8u   /* only count, from first down */
+#define EMU_LOOKUP_MARKER (1 << 30) /* in the answer: the last page has PG_readahead */
+/*
+ * How many pages in a row, from `first` on and at most `count`, are there; the first of them as (gfn, count, key = index)
+ * in runs, whose number goes to *nr_runs; no more pages than fit.
+ */
+int64_t emu_space_lookup(struct emu_memmap *m, struct emu_space *s, uint64_t first, uint64_t count, unsigned how,
+                         struct emu_range *runs, size_t cap, size_t *nr_runs);
+#define EMU_INSERT_DIRTY 1u
+#define EMU_INSERT_WRITE 2u /* about to be overwritten: no refault, whatever was there */
+/* Frames of the ranges become the pages at their keys. -EEXIST, -EBUSY, and nothing done: a slot, or a frame, is taken. */
+int emu_space_insert(struct emu_memmap *m, struct emu_space *s, const struct emu_range *ranges, size_t n, unsigned how);
+enum emu_remove {
+	EMU_REMOVE_TRUNCATE,   /* all of them, dirty or not; none may be mapped: -EBUSY */
+	EMU_REMOVE_INVALIDATE, /* clean, unlocked, unmapped, not under writeback: invalidate_mapping_pages() */
+	EMU_REMOVE_EVICT,      /* of those the ones that nobody has referenced; leaves shadows */
+};
+/* Take pages [first, end) out; their frames go to pfns, as many as fit. Returns how many: call again until it is 0. */
+int64_t emu_space_remove(struct emu_memmap *m, struct emu_space *s, uint64_t first, uint64_t end, int how,
+                         uint32_t *pfns, size_t cap);
+/* Set and clear flags of the pages there are in [first, end); the count of those that it changed. */
+int64_t emu_space_flag(struct emu_memmap *m, struct emu_space *s, uint64_t first, uint64_t end, unsigned set,
+                       unsigned clear);
+/* The first run of pages in [first, end) with (flags & mask) == value, in runs as of lookup; 0: there is none. */
+int64_t emu_space_find(struct emu_memmap *m, struct emu_space *s, uint64_t first, uint64_t end, unsigned mask,
+                       unsigned value, struct emu_range *runs, size_t cap, size_t *nr_runs);
+
+/* ---- lru.c ----------------------------------------------------------------------------------------------------- */
+
+/* One look at the cold end of a list of file pages (shrink_list). Frames of `freed` are out of the page cache. */
+struct emu_shrink {
+	uint64_t nr_to_scan;
+	uint32_t *freed, *mapped; /* room for nr_to_scan each; mapped ones stay where they are, for the caller to unmap */
+	uint64_t nr_scanned, nr_freed, nr_mapped;
+	uint64_t nr_dirty, nr_writeback, nr_activated, nr_kept, nr_deactivated;
+};
+int emu_lru_shrink(struct emu_memmap *m, int list, struct emu_shrink *ret);
+/* Age: file pages not accessed for that many generations sink to the inactive list, and clean unmapped ones are freed. */
+struct emu_aging {
+	uint16_t sink_after, free_after;
+	uint32_t *freed; /* room for nr_lru[INACTIVE_FILE] + nr_lru[ACTIVE_FILE] */
+	uint64_t nr_scanned, nr_sunk, nr_freed;
+};
+int emu_lru_age(struct emu_memmap *m, struct emu_aging *ret);
+/* A list's frames from its head on: the count, at most cap of them written. */
+int64_t emu_lru_list(struct emu_memmap *m, int list, uint32_t *pfns, size_t cap);
+
+/* ---- disk.c: opening a file below a directory, and nowhere else ------------------------------------------------ */
+
+struct emu_file_info {
+	uint32_t dio_mem_align, dio_offset_align; /* bytes, for O_DIRECT; 0: none, or it can't be told (Linux before 6.1) */
+};
+/* An fd or -errno; -EXDEV: the path leads out of dirfd, by `..` or a link (openat2, Linux 5.6). */
+int emu_file_open(int dirfd, const char *path, int flags, int mode, struct emu_file_info *ret);
 
 /* ---- residency.c: what the kernel says of any range of this process --------------------------------------- */
 

@@ -80,34 +80,74 @@ static int copy_armed(struct copy *c)
 	return c->guard.err;
 }
 
-static int copy_range(struct emu_region *r, uint64_t gpa, void *buf, uint64_t n, bool write, struct emu_progress *ret)
+/*
+ * Bytes [skip, skip + n) of the ranges' frames, and a contiguous buffer.  The region is entered once, a guard is armed for
+ * each range.
+ */
+static int copy_ranges(struct emu_region *r, const struct emu_range *ranges, size_t n_ranges, uint64_t skip, void *buf,
+                       uint64_t n, bool write, struct emu_progress *ret)
 {
-	struct copy c = { .r = r, .gpa = gpa, .buf = buf, .left = n, .write = write };
-	int err = atomic_load(&r->dead);
-	bool was_blocked;
-
 	/*
 	 * UFFDIO_COPY reads its source in the kernel while the destination is BUSY.  A source that is guest memory could
 	 * fault there, and with the thread service wait for a fault that waits for that BUSY: such bytes are copied here.
 	 */
-	c.install = write && r->uffd >= 0 && !emu_registry_overlaps((uintptr_t)buf, n);
-	*ret = (struct emu_progress){ 0 };
-	if (gpa > r->frames << EMU_FRAME_SHIFT || n > (r->frames << EMU_FRAME_SHIFT) - gpa)
-		return -ERANGE;
-	if (err)
+	const bool install = write && r->uffd >= 0 && !emu_registry_overlaps((uintptr_t)buf, n);
+	bool was_blocked;
+	int err;
+
+	if (atomic_load(&r->dead))
 		return -EOWNERDEAD;
 	err = emu_region_enter(r);
 	if (err)
 		return err;
 	emu_sigbus_ensure(r);
 	was_blocked = emu_sigbus_unblock();
-	err = copy_armed(&c);
+	for (size_t i = 0; i < n_ranges && ret->done < n && !err; i++) {
+		const uint64_t bytes = ranges[i].count << EMU_FRAME_SHIFT;
+		struct copy c = { .r = r, .buf = (uint8_t *)buf + ret->done, .write = write, .install = install };
+
+		if (skip >= bytes) {
+			skip -= bytes;
+			continue;
+		}
+		c.gpa = (ranges[i].gfn << EMU_FRAME_SHIFT) + skip;
+		c.left = bytes - skip < n - ret->done ? bytes - skip : n - ret->done;
+		skip = 0;
+		err = copy_armed(&c);
+		ret->done += c.done;
+		if (err)
+			ret->bad_gfn = c.guard.gfn;
+	}
 	if (was_blocked)
 		emu_sigbus_block();
 	emu_region_leave(r);
-	ret->done = c.done;
-	ret->bad_gfn = err ? c.guard.gfn : 0;
 	return err;
+}
+
+static int copy_range(struct emu_region *r, uint64_t gpa, void *buf, uint64_t n, bool write, struct emu_progress *ret)
+{
+	const uint64_t first = gpa >> EMU_FRAME_SHIFT;
+	struct emu_range range = { .gfn = first };
+
+	*ret = (struct emu_progress){ 0 };
+	if (gpa > r->frames << EMU_FRAME_SHIFT || n > (r->frames << EMU_FRAME_SHIFT) - gpa)
+		return -ERANGE;
+	range.count = ((gpa + n + EMU_FRAME_SIZE - 1) >> EMU_FRAME_SHIFT) - first;
+	return copy_ranges(r, &range, 1, gpa % EMU_FRAME_SIZE, buf, n, write, ret);
+}
+
+int emu_guest_copyv(struct emu_region *r, const struct emu_range *ranges, size_t n_ranges, uint64_t skip, void *buf,
+                    uint64_t n, int write, struct emu_progress *ret)
+{
+	uint64_t room = 0;
+	int err = emu_ranges_check(r, ranges, n_ranges);
+
+	*ret = (struct emu_progress){ 0 };
+	for (size_t i = 0; i < n_ranges && !err; i++)
+		room += ranges[i].count << EMU_FRAME_SHIFT;
+	if (err || skip > room || n > room - skip)
+		return -ERANGE;
+	return copy_ranges(r, ranges, n_ranges, skip, buf, n, write, ret);
 }
 
 int emu_guest_read(struct emu_region *r, uint64_t gpa, void *buf, uint64_t n, struct emu_progress *ret)

@@ -29,6 +29,7 @@
  * before BUSY -> ZERO is published, so a block whose word is 0 holds nothing that any finished call put there.
  */
 #include "core.h"
+#include "memmap.h"
 
 #include <assert.h>
 #include <linux/futex.h>
@@ -271,29 +272,65 @@ static void tally_run(const struct emu_region *r, uint64_t gfn, uint64_t end, ui
 	}
 }
 
-/* Frames [gfn, end) to their cells. */
-static void tally(const struct emu_region *r, uint64_t gfn, uint64_t end, uint64_t cell_frames, uint64_t owner,
-                  uint64_t owners, uint32_t *ret)
+/* Frames [gfn, end), all of one owner, to their cells. */
+static void tally(const struct emu_region *r, uint64_t gfn, uint64_t end, uint64_t cell_frames, uint64_t owner, uint32_t *ret)
 {
 	while (gfn < end) {
 		const uint64_t cell = gfn / cell_frames, next = (cell + 1) * cell_frames;
 		const uint64_t last = next < end ? next : end;
 
-		tally_run(r, gfn, last, ret + (cell * owners + owner) * EMU_NR_STATES);
+		tally_run(r, gfn, last, ret + (cell * EMU_NR_OWNERS + owner) * EMU_NR_STATES);
 		gfn = last;
 	}
 }
 
-int emu_states_tally(struct emu_region *r, const struct emu_range *ranges, size_t n, uint64_t cell_frames,
-                     int owners, uint32_t *ret)
+/* How many frames from gfn on have one owner. */
+static uint64_t owned_run(const uint8_t *owner, uint64_t gfn, uint64_t end)
+{
+	const uint64_t start = gfn, eight = bytes8(owner[gfn]);
+
+	while (gfn < end) {
+		uint64_t word;
+
+		if (end - gfn >= 8) {
+			memcpy(&word, owner + gfn, 8);
+			if (word == eight) {
+				gfn += 8;
+				continue;
+			}
+		}
+		if (owner[gfn] != owner[start])
+			break;
+		gfn++;
+	}
+	return gfn - start;
+}
+
+/* Frames [gfn, end), whose owners the descriptors tell. Blocks that neither side has touched cost a look at two words. */
+static void tally_owned(const struct emu_region *r, const struct emu_memmap *m, uint64_t gfn, uint64_t end,
+                        uint64_t cell_frames, uint32_t *ret)
+{
+	while (gfn < end) {
+		const uint64_t last = in_block(gfn, end);
+		uint64_t run = last - gfn;
+
+		if (m->t.block[gfn / EMU_BLOCK_FRAMES])
+			run = owned_run(m->t.owner, gfn, last);
+		tally(r, gfn, gfn + run, cell_frames, m->t.block[gfn / EMU_BLOCK_FRAMES] ? m->t.owner[gfn] : EMU_OWNER_FREE, ret);
+		gfn += run;
+	}
+}
+
+int emu_states_tally(struct emu_region *r, const struct emu_memmap *m, const struct emu_range *ranges, size_t n,
+                     uint64_t cell_frames, uint32_t *ret)
 {
 	uint64_t at = 0;
 	int err = emu_ranges_check(r, ranges, n);
 
-	if (!cell_frames || owners < 1)
+	if (!cell_frames || m->t.frames != r->frames)
 		return -EINVAL;
 	for (size_t i = 0; i < n && !err; i++) {
-		if (ranges[i].gfn < at || ranges[i].key < 1 || ranges[i].key >= (uint64_t)owners)
+		if (ranges[i].gfn < at || ranges[i].key >= EMU_NR_OWNERS)
 			err = -EINVAL;
 		at = ranges[i].gfn + ranges[i].count;
 	}
@@ -303,11 +340,11 @@ int emu_states_tally(struct emu_region *r, const struct emu_range *ranges, size_
 		return err;
 	at = 0;
 	for (size_t i = 0; i < n; i++) {
-		tally(r, at, ranges[i].gfn, cell_frames, 0, (uint64_t)owners, ret);
+		tally_owned(r, m, at, ranges[i].gfn, cell_frames, ret);
 		at = ranges[i].gfn + ranges[i].count;
-		tally(r, ranges[i].gfn, at, cell_frames, ranges[i].key, (uint64_t)owners, ret);
+		tally(r, ranges[i].gfn, at, cell_frames, ranges[i].key, ret);
 	}
-	tally(r, at, r->frames, cell_frames, 0, (uint64_t)owners, ret);
+	tally_owned(r, m, at, r->frames, cell_frames, ret);
 	emu_region_leave(r);
 	return 0;
 }

@@ -188,4 +188,25 @@ struct pm_scan_arg {
 #endif
 #define PIDFD_SELF_THREAD_GROUP (-10001) /* "this process" without a descriptor, recent; older kernels get a real one */
 
+/* ---- openat2(2), statx(2) ----------------------------------------------------------------------------------- */
+
+#ifndef SYS_openat2
+#define SYS_openat2 437 /* 5.6 */
+#endif
+struct emu_open_how { /* struct open_how */
+	__u64 flags;
+	__u64 mode;
+	__u64 resolve;
+};
+#define EMU_RESOLVE_NO_MAGICLINKS 0x02
+#define EMU_RESOLVE_BENEATH 0x08
+#define EMU_STATX_DIOALIGN 0x2000 /* 6.1 */
+struct emu_statx { /* struct statx, as far as it's wanted */
+	__u32 mask;
+	__u32 before[37];
+	__u32 dio_mem_align;
+	__u32 dio_offset_align;
+	__u32 after[24];
+};
+
 #endif

@@ -225,6 +225,18 @@ class FreeArea:
                     yield self.base + (block << order), order, migratetype, self.reported(order, block)
                     block = self.after(order, block)
 
+    def reported_blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield (pfn, order) of every block with the Reported flag; they gather at the lists' tails."""
+        for order in range(_ORDERS):
+            left = self.nr_reported[order]
+            for migratetype in range(_TYPES):
+                block = self._prev[order][self._head[order] + migratetype]
+                while left and block < self._head[order]:
+                    if self.reported(order, block):
+                        yield self.base + (block << order), order
+                        left -= 1
+                    block = self._prev[order][block]
+
 
 def _words(values: "range | list[int]") -> memoryview:
     return memoryview(array("I", values))

@@ -1,49 +1,82 @@
-"""GuestKernel: zones, page allocation, processes and timers of one guest.
+"""GuestKernel: zones, page allocation, processes, files and timers of one guest.
 
-Page allocation is get_page_from_freelist() and the end of its slow path (mm/page_alloc.c, Linux 6.1): zones from the
-highest down, first above their low watermarks, then above min, then once more after splitting half-unmapped huge pages
-and draining the per-CPU lists; then there is no memory. Nothing can be reclaimed yet, so there is no kswapd between
-the two.
+Page allocation is get_page_from_freelist() and its slow path (mm/page_alloc.c, Linux 6.1): zones from the highest down,
+first above their low watermarks; then kswapd; then above min; then direct reclaim, and once more with the per-CPU lists
+drained; then whoever may give memory back before the OOM killer chooses; then the OOM killer (reclaim.py, oom.py).
 
 Deviations: all RAM is managed (no kernel image, no struct pages: a guest that has done nothing uses nothing), the
 zones are flat, and one CPU runs the kernel; `cpus` only shares the per-CPU lists' high mark out.
 """
 
-import enum
 import itertools
-from collections.abc import Iterable, Iterator
+import mmap
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 from emu.clock import Clock
-from emu.errors import BadValue, ClosedError, GuestError, GuestMemoryError
+from emu.errors import BadValue, ClosedError, GuestError, GuestMemoryError, OomKilled, OutOfMemory
+from emu.guest.aging import Aging
+from emu.guest.balloon import BalloonDevice, BalloonDriver
 from emu.guest.buddy import PAGEBLOCK_ORDER, Buddy, MigrateType
+from emu.guest.file import File
 from emu.guest.lock import KernelLock, in_kernel
 from emu.guest.memory import GuestMemory, Op
+from emu.guest.oom import OomKiller
+from emu.guest.page import Lru, MemMap, Owner
 from emu.guest.process import Process
 from emu.guest.ramfs import RamFile
+from emu.guest.reclaim import MAX_RECLAIM_RETRIES, Reclaim
 from emu.guest.reporting import PageReporting
 from emu.guest.timers import Timers
+from emu.guest.vfs import Vfs
 from emu.guest.vma import Mapping
+from emu.guest.writeback import Writeback
 from emu.guest.zone import Zone, zone_spans, zone_watermarks
 from emu.ranges import Ranges
 from emu.units import FRAME_SIZE, format_size
+from emu.virtio.disk import DirEntry, Disk
 
-__all__ = ["GuestKernel", "PageOwner"]
+__all__ = ["GuestKernel"]
 
 Thp = Literal["always", "madvise", "never"]
 
 
-class PageOwner(enum.IntEnum):
-    """Who has a frame, as /proc/kpageflags would tell (ANON, BUDDY, REPORTED); per-CPU lists are not seen there."""
-
-    ANON = 0
-    FREE = 1
-    REPORTED = 2
-    PCP = 3
-    FILE = 4
-
-
+_VMSTAT = (
+    "pgalloc",
+    "pgfree",
+    "pgfault",
+    "pgmajfault",
+    "pgpgin",  # KiB, as Linux counts them
+    "pgpgout",
+    "pgscan_kswapd",
+    "pgscan_direct",
+    "pgsteal_kswapd",
+    "pgsteal_direct",
+    "kswapd_wake",
+    "allocstall",
+    "oom_kill",
+    "drop_pagecache",
+    "drop_slab",
+    "drop_pagecache_pages",
+    "nr_written",
+    "nr_write_errors",
+    "nr_throttled_written",
+    "balance_dirty_pages",
+    "flusher_woken",
+    "balloon_inflate",
+    "balloon_deflate",
+    "balloon_out_of_puff",
+    "disk_file_shrunk",
+    "disk_file_changed",
+    "thp_fault_alloc",
+    "thp_fault_fallback",
+    "thp_split_pmd",
+    "thp_deferred_split_page",
+    "thp_split_page",
+    "drain_all_pages",
+)
+_BOUNCE = 1 << 20  # bytes: the largest request to a disk
 _MAX_FRAMES = 1 << 31  # page-table entries and free lists are 32 bits wide
 
 
@@ -76,31 +109,28 @@ class GuestKernel:
         if page_poison is not None and not 0 <= page_poison <= 255:
             raise BadValue(f"page poison {page_poison!r} isn't a byte")
         self.memory = memory
+        #: descriptors of all frames, and the LRU lists
+        self.memmap = MemMap(memory.frames)
+        #: page-aligned, for bytes on their way between disk and memory
+        self.bounce = memoryview(mmap.mmap(-1, _BOUNCE))
         self.clock = clock
         self.thp = thp
         self.page_poison = page_poison
         self.timers = Timers()
         self.reporting: PageReporting | None = None
+        self.balloon: BalloonDriver | None = None
+        self.aging: Aging | None = None
+        #: by name: called with a process that is about to end
+        self.exit_hooks: dict[str, Callable[[Process], None]] = {}
+        #: called when reclaim begins; they free what they hold for convenience
+        self.shrinkers: list[Callable[[], None]] = [self.split_deferred]
         self.processes: list[Process] = []
         self.files: list[RamFile] = []
         #: mappings with huge pages of which a part is unmapped (split_queue of a node)
         self.deferred_split: list[Mapping] = []
         #: counters, named as in /proc/vmstat where it has them (pgalloc is the sum over its zones)
-        self.vmstat = dict.fromkeys(
-            (
-                "pgalloc",
-                "pgfree",
-                "pgfault",
-                "thp_fault_alloc",
-                "thp_fault_fallback",
-                "thp_split_pmd",
-                "thp_deferred_split_page",
-                "thp_split_page",
-                "drain_all_pages",
-            ),
-            0,
-        )
-        #: counters of reporting workers that have ended
+        self.vmstat = dict.fromkeys(_VMSTAT, 0)
+        #: counters of workers that have ended
         self.ended: dict[str, int] = {}
         #: frames that the host has lost (GuestMemoryError): never allocated again, as with memory_failure()
         self.hwpoison: set[int] = set()
@@ -115,6 +145,10 @@ class GuestKernel:
             Zone(name, Buddy(frames, base=start), mark, above=sum(managed[i + 1 :]), cpus=cpus)
             for i, ((name, start, frames), mark) in enumerate(zip(spans, marks, strict=True))
         ]
+        self.vfs = Vfs(self)
+        self.writeback = Writeback(self, clock.now)
+        self.reclaim = Reclaim(self)
+        self.oom = OomKiller(self)
 
     @in_kernel
     def close(self) -> None:
@@ -125,6 +159,7 @@ class GuestKernel:
         self.processes.clear()
         self.files.clear()
         self.deferred_split.clear()
+        self.vfs.close()
         for zone in self.zones:
             zone.buddy.on_free = None
             zone.buddy.release()
@@ -146,6 +181,50 @@ class GuestKernel:
         self.check_running()
         self.files.append(RamFile(self, size))
         return self.files[-1]
+
+    @in_kernel
+    def mount(self, disk: Disk, at: str = "") -> None:
+        """Mount a disk at a path of the guest's; "" is the root."""
+        self.check_running()
+        self.vfs.mount(disk, at)
+
+    @in_kernel
+    def open(self, path: str, mode: str = "r") -> File:
+        """Open a file of the disk. path: relative to the disk's root; mode: r, r+, w, w+, x, a. Raises GuestIOError."""
+        self.check_running()
+        return self.vfs.open(path, mode)
+
+    @in_kernel
+    def unlink(self, path: str) -> None:
+        """Remove a file's name. Raises GuestIOError."""
+        self.check_running()
+        self.vfs.unlink(path)
+
+    @in_kernel
+    def listdir(self, path: str = "") -> list[DirEntry]:
+        """Return the names in a directory of the disk. Raises GuestIOError."""
+        self.check_running()
+        return self.vfs.listdir(path)
+
+    def walk(self, path: str = "") -> Iterator[tuple[str, int]]:
+        """Yield (path, bytes) of all regular files of the disk below a directory, by name. Raises GuestIOError."""
+        self.check_running()
+        return self.vfs.walk(path)
+
+    @in_kernel
+    def drop_caches(self, what: int = 3) -> int:
+        """Do what writing 1, 2 or 3 to /proc/sys/vm/drop_caches does; return how many pages were freed.
+
+        Dirty, locked and mapped pages stay: sync() first.
+        """
+        self.check_running()
+        return self.vfs.drop_caches(what)
+
+    @in_kernel
+    def sync(self) -> None:
+        """Write everything that is dirty, and wait for the disks. Raises GuestIOError."""
+        self.check_running()
+        self.vfs.sync()
 
     def forget_file(self, file: RamFile) -> None:
         """Called by a file that is unlinked."""
@@ -175,6 +254,27 @@ class GuestKernel:
             raise GuestError("the guest is paused")
 
     @in_kernel
+    def probe_balloon(self, device: BalloonDevice) -> BalloonDriver:
+        """Bind the balloon driver to a device; page_poison is told to it."""
+        if self.balloon is not None:
+            raise GuestError("a balloon driver is bound already")
+        self.balloon = BalloonDriver(self, device, poison=self.page_poison)
+        return self.balloon
+
+    @in_kernel
+    def remove_balloon(self) -> None:
+        """Unbind it: what it held is free again."""
+        if self.balloon is not None:
+            self.balloon.remove()
+            self.balloon = None
+
+    def end_worker(self, worker: PageReporting | Aging) -> None:
+        """Stop a worker, and keep its counters."""
+        worker.stop()
+        for name, value in worker.counters.items():
+            self.ended[name] = self.ended.get(name, 0) + value
+
+    @in_kernel
     def run_timers(self) -> None:
         """Run what is due now, unless the guest is paused."""
         if not self._paused:
@@ -195,26 +295,78 @@ class GuestKernel:
         raise GuestError(f"pfn {pfn:#x} is outside the RAM")
 
     @in_kernel
-    def alloc_frames(self, count: int, migratetype: MigrateType = MigrateType.MOVABLE) -> list[tuple[int, int, int]]:
+    def alloc_frames(
+        self,
+        count: int,
+        migratetype: MigrateType = MigrateType.MOVABLE,
+        *,
+        owner: Owner | None = Owner.ANON,
+        retry: bool = True,
+        process: Process | None = None,
+    ) -> list[tuple[int, int, int]]:
         """Allocate single frames; return (pfn, count, step) runs, step +1 or -1, in the order of allocation.
 
-        Fewer than asked for means out of memory: the caller has what there was above the min watermarks.
+        Zones from the highest down, above their low watermarks; kswapd; above min; direct reclaim; and, unless retry is
+        False (__GFP_NORETRY), the OOM killer. owner: whose they are from now on; None: the caller says so later. Fewer
+        than asked for means that there was nobody to kill, or, without retry, nothing to reclaim. Raises OomKilled when
+        it was `process` that was killed.
         """
         runs: list[tuple[int, int, int]] = []
-        left = count
-        for attempt in ("low", "min", "drained"):
-            if attempt == "drained":
-                for mapping in list(self.deferred_split):  # deferred_split_scan()
-                    mapping.split_deferred()
-                self.drain_pages()
-            for i in range(len(self.zones) - 1, -1, -1):
-                zone = self.zones[i]
-                mark = zone.watermarks.low if attempt == "low" else zone.watermarks.min
-                left = self._alloc_from(zone, left, migratetype, mark, runs)
+        left = self._alloc_above("low", count, migratetype, runs)
+        fruitless = 0
+        while left:
+            if self.reclaim.kswapd():
+                left = self._alloc_above("low", left, migratetype, runs)
+                if not left:
+                    break
+            left = self._alloc_above("min", left, migratetype, runs)
             if not left:
                 break
+            progress = self.reclaim.direct()
+            left = self._alloc_above("min", left, migratetype, runs)
+            if left:
+                self.drain_pages()
+                left = self._alloc_above("min", left, migratetype, runs)
+            if not left or progress:
+                fruitless = 0
+                continue
+            fruitless += 1
+            if not retry:
+                break
+            # should_reclaim_retry(): a second scan finds those unreferenced that the first one has spared
+            if fruitless <= MAX_RECLAIM_RETRIES and self.reclaim.reclaimable_pages:
+                continue
+            killed = self.oom.out_of_memory(process, count - left)
+            if killed is None:
+                break
+            if killed is process and process is not None:
+                self.vmstat["pgalloc"] += count - left
+                self.free_pages([(pfn if step > 0 else pfn - n + 1, n) for pfn, n, step in runs])
+                raise OomKilled(
+                    f"process {process.pid} ({process.name}) was killed: the guest is out of memory, and it had most",
+                    pid=process.pid,
+                    order=0,
+                    wanted=left,
+                    free=self.free_bytes // FRAME_SIZE,
+                )
+            fruitless = 0
         self.vmstat["pgalloc"] += count - left
+        if owner is not None and runs:
+            self.memmap.use(Ranges.of((pfn if step > 0 else pfn - n + 1, n) for pfn, n, step in runs), owner)
         return runs
+
+    def _alloc_above(self, mark: str, left: int, migratetype: int, runs: list[tuple[int, int, int]]) -> int:
+        # get_page_from_freelist(): the zones from the highest down; returns how many are still wanted
+        for zone in reversed(self.zones):
+            if not left:
+                break
+            left = self._alloc_from(zone, left, migratetype, getattr(zone.watermarks, mark), runs)
+        return left
+
+    def split_deferred(self) -> None:
+        """Split the huge pages that are half unmapped (deferred_split_scan, a shrinker)."""
+        for mapping in list(self.deferred_split):
+            mapping.split_deferred()
 
     @staticmethod
     def _alloc_from(zone: Zone, left: int, migratetype: int, mark: int, runs: list[tuple[int, int, int]]) -> int:
@@ -249,23 +401,48 @@ class GuestKernel:
                     PAGEBLOCK_ORDER, MigrateType.MOVABLE
                 ):
                     self.vmstat["pgalloc"] += 1 << PAGEBLOCK_ORDER
-                    return zone.pcp.alloc(PAGEBLOCK_ORDER, MigrateType.MOVABLE)[0]
+                    frame = zone.pcp.alloc(PAGEBLOCK_ORDER, MigrateType.MOVABLE)[0]
+                    self.memmap.use(Ranges.of([(frame, 1 << PAGEBLOCK_ORDER)]), Owner.ANON)
+                    return frame
+        return None
+
+    @in_kernel
+    def alloc_block(self, order: int, owner: Owner) -> int | None:
+        """Allocate a block that doesn't go through the per-CPU lists, above min and without reclaim; None: no such."""
+        for zone in reversed(self.zones):
+            if zone.watermark_ok(order, zone.watermarks.min, reserve=True):
+                try:
+                    pfn = zone.buddy.alloc(order)
+                except OutOfMemory:
+                    continue
+                self.memmap.use(Ranges.of([(pfn, 1 << order)]), owner)
+                self.vmstat["pgalloc"] += 1 << order
+                return pfn
         return None
 
     @in_kernel
     def free_pages(self, runs: Iterable[tuple[int, int]], order: int = 0) -> None:
         """Free runs of allocated blocks, (pfn, blocks) each, in order."""
-        for pfn, count in runs:
-            while count:
-                zone = self.zone_of(pfn)
-                part = min(count, max((zone.buddy.base + zone.buddy.frames - pfn) >> order, 1))
-                if self.page_poison is None:
-                    zone.pcp.free(pfn, order, part)
-                else:
-                    self._free_poisoned(zone, pfn, order, part, self.page_poison)
-                self.vmstat["pgfree"] += part << order
-                pfn += part << order  # noqa: PLW2901
-                count -= part  # noqa: PLW2901
+        freed = Ranges()
+        try:
+            for pfn, count in runs:
+                while count:
+                    zone = self.zone_of(pfn)
+                    part = min(count, max((zone.buddy.base + zone.buddy.frames - pfn) >> order, 1))
+                    if not zone.pcp.allows(order):
+                        for block in range(part):
+                            zone.buddy.free(pfn + (block << order), order)
+                    elif self.page_poison is None:
+                        zone.pcp.free(pfn, order, part)
+                    else:
+                        self._free_poisoned(zone, pfn, order, part, self.page_poison)
+                    freed.add(pfn, part << order, 0)
+                    self.vmstat["pgfree"] += part << order
+                    pfn += part << order  # noqa: PLW2901
+                    count -= part  # noqa: PLW2901
+        finally:
+            if len(freed):
+                self.memmap.release(freed)
 
     def _free_poisoned(self, zone: Zone, pfn: int, order: int, count: int, byte: int) -> None:
         # kernel_poison_pages(): before the allocator has them. A frame that the host has lost is kept out of it.
@@ -321,32 +498,45 @@ class GuestKernel:
         return sum(zone.pcp.count for zone in self.zones) * FRAME_SIZE
 
     @property
+    def total_bytes(self) -> int:
+        """MemTotal: the RAM, without what the balloon driver has taken off it."""
+        return self.ram_bytes - (0 if self.balloon is None else self.balloon.taken_off_total_bytes)
+
+    @property
     def used_bytes(self) -> int:
-        """Bytes that somebody in the guest holds; files that live in memory are among them."""
-        return self.ram_bytes - self.free_bytes - self.pcp_bytes
+        """Bytes that processes, and files that live in memory, hold: what dropping the page cache doesn't give back."""
+        return self.ram_bytes - self.free_bytes - self.pcp_bytes - self.cached_bytes - self.ballooned_bytes
 
     @property
     def cached_bytes(self) -> int:
-        """Bytes of page cache. This guest has no disk: it is all of files that live in memory, and can't be dropped."""
-        return sum(file.present for file in self.files) * FRAME_SIZE
+        """Bytes of the disk's files in the page cache, dirty ones among them. Not: files that live in memory alone."""
+        return (self.memmap.nr(Lru.INACTIVE_FILE) + self.memmap.nr(Lru.ACTIVE_FILE)) * FRAME_SIZE
 
-    def page_owners(self) -> list[tuple[int, int, PageOwner]]:
-        """Return who has the frames, ascending (pfn, count, owner), neighbours joined; what isn't named is anonymous.
+    @property
+    def ballooned_bytes(self) -> int:
+        """Bytes that the balloon driver holds: inflated, or hinted."""
+        return (self.memmap.count(Owner.BALLOON) + self.memmap.count(Owner.HINTED)) * FRAME_SIZE
 
-        Takes a step a free block and a run on a list: some 10 ms where a gigabyte is free in single frames.
+    @property
+    def totalreserve_pages(self) -> int:
+        """Frames that allocations must leave alone (calculate_totalreserve_pages)."""
+        return sum(min(zone.buddy.frames, zone.lowmem_reserve + zone.watermarks.high) for zone in self.zones)
+
+    @property
+    def available_bytes(self) -> int:
+        """What could be allocated without swapping (si_mem_available, MemAvailable)."""
+        free = self.free_bytes // FRAME_SIZE - self.totalreserve_pages
+        cache = self.cached_bytes // FRAME_SIZE
+        low = sum(zone.watermarks.low for zone in self.zones)
+        return max(free + cache - min(cache // 2, low), 0) * FRAME_SIZE
+
+    def listed_frames(self) -> list[tuple[int, int, Owner]]:
+        """Return the free frames on per-CPU lists and in reported blocks, ascending (pfn, count, owner).
+
+        What isn't named is whose `memmap` says. Takes a step a run on a list and a reported block.
         """
-        owners: list[tuple[int, int, PageOwner]] = []
+        listed = [(pfn, count, Owner.PCP) for zone in self.zones for pfn, count in zone.pcp.spans()]
         for zone in self.zones:
-            for pfn, order, _, reported in zone.buddy.free_blocks():
-                owners.append((pfn, 1 << order, PageOwner.REPORTED if reported else PageOwner.FREE))
-            owners += ((pfn, count, PageOwner.PCP) for pfn, count in zone.pcp.spans())
-        for file in self.files:
-            owners += ((pfn, count, PageOwner.FILE) for pfn, count in file.spans())
-        owners.sort()
-        joined: list[tuple[int, int, PageOwner]] = []
-        for pfn, count, owner in owners:
-            if joined and joined[-1][2] is owner and joined[-1][0] + joined[-1][1] == pfn:
-                joined[-1] = (joined[-1][0], joined[-1][1] + count, owner)
-            else:
-                joined.append((pfn, count, owner))
-        return joined
+            listed += ((pfn, 1 << order, Owner.REPORTED) for pfn, order in zone.buddy.reported_blocks())
+        listed.sort()
+        return listed

@@ -23,3 +23,9 @@ class GuestMemory(Protocol):
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Write data at guest physical address gpa."""
+
+    def readv(self, ranges: Ranges, skip: int, into: bytearray | memoryview) -> None:
+        """Fill `into` from the ranges' frames, one after another, from byte `skip` of them on (preadv)."""
+
+    def writev(self, ranges: Ranges, skip: int, data: bytes | bytearray | memoryview) -> None:
+        """Write data to the ranges' frames likewise (pwritev)."""

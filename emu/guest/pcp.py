@@ -94,6 +94,8 @@ class PerCpuPages:
         self.buddy = buddy
         self.batch = batch
         self.high = max(high, batch << 2)
+        #: kswapd or direct reclaim is running: what it frees mustn't pile up here (ZONE_RECLAIM_ACTIVE)
+        self.reclaim_active = False
         self.count = 0
         self.free_factor = 0
         self._lists = [_List() for _ in range(_LISTS)]
@@ -173,22 +175,23 @@ class PerCpuPages:
             return
         index = self._index(order, self.buddy.migratetype(frame))
         blocks = self._lists[index]
+        high = min(self.batch << 2, self.high) if self.reclaim_active else self.high  # nr_pcp_high()
         while count:
             # free_unref_page_commit(): one more, and at `high` a batch leaves
-            part = min(count, max(-((self.count - self.high) >> order), 1))
+            part = min(count, max(-((self.count - high) >> order), 1))
             self.buddy.mark(frame, part, order, 0x80 | (order + 1))
             blocks.push_hot(frame >> order, part)
             self.count += part << order
             frame += part << order
             count -= part
-            if self.count >= self.high:
-                self._free_bulk(self._nr_free(), index)
+            if self.count >= high:
+                self._free_bulk(self._nr_free(high), index)
 
-    def _nr_free(self) -> int:
+    def _nr_free(self, high: int) -> int:
         # nr_pcp_free(): the batch, doubled for every time in a row, kept between batch and high - batch
-        if self.high < self.batch:
+        if high < self.batch:
             return 1
-        most = self.high - self.batch
+        most = high - self.batch
         batch = self.batch << self.free_factor
         if batch < most:
             self.free_factor += 1

@@ -1,7 +1,7 @@
 """RamFile: a file that lives in memory only, as one of ramfs or tmpfs without swap (fs/ramfs, mm/shmem.c).
 
 Its pages are page cache with nothing behind it: they come into being at the first access, zeroed, and stay until the
-file is unlinked and nobody maps it any more. So they count as cached, and can't be dropped.
+file is unlinked and nobody maps it any more. They are on the unevictable list, can't be dropped, and so count as used.
 """
 
 from array import array
@@ -12,6 +12,7 @@ from emu.errors import GuestError, OutOfMemory
 from emu.guest.free_area import lazy_bytes
 from emu.guest.lock import in_kernel
 from emu.guest.memory import Op
+from emu.guest.page import Owner
 from emu.ranges import Ranges
 from emu.units import FRAME_SIZE, format_size, parse_ram_size
 
@@ -50,7 +51,7 @@ class RamFile:
             stop = page + 1
             while stop < end and not self._frame[stop]:
                 stop += 1
-            runs = self._kernel.alloc_frames(stop - page)
+            runs = self._kernel.alloc_frames(stop - page, owner=Owner.SHMEM)
             spans = [(frame if step > 0 else frame - count + 1, count) for frame, count, step in runs]
             try:
                 self._kernel.memory.vcpu(Op.SET, Ranges.of(spans), 0)

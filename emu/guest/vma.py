@@ -169,7 +169,7 @@ class Mapping:
         """Unmap all, or a part: its frames are freed, and the part can't be used any more."""
         first, end = self._span(offset, length, whole=False)
         self._zap(first, end)
-        rest = []
+        rest: list[tuple[int, int]] = []
         for lo, hi in self._mapped:
             rest += [(a, b) for a, b in ((lo, min(hi, first)), (max(lo, end), hi)) if a < b]
         self._mapped = rest
@@ -188,6 +188,7 @@ class Mapping:
 
     def _offset(self, offset: int | str, n: int) -> int:
         self._kernel.check_running()
+        self.process.check_alive()
         start = parse_size(offset, "offset")
         if n < 0 or start + n > self.size:
             raise BadValue(f"bytes [{start}, {start + n}) are outside the mapping of {self.size} bytes")
@@ -196,6 +197,7 @@ class Mapping:
 
     def _span(self, offset: int | str, length: int | str | None, *, whole: bool = True) -> tuple[int, int]:
         self._kernel.check_running()
+        self.process.check_alive()
         start = parse_size(offset, "offset")
         size = self.size - start if length is None else parse_size(length, "length")
         if start % FRAME_SIZE or size % FRAME_SIZE:
@@ -295,7 +297,7 @@ class Mapping:
         memory = self._kernel.memory
         if self.file is not None and data is None:
             self.file.populate(first, end)
-        runs = self._kernel.alloc_frames(end - first)
+        runs = self._kernel.alloc_frames(end - first, process=self.process)
         spans = [(frame if step > 0 else frame - count + 1, count) for frame, count, step in runs]
         try:
             if data is None and self.file is not None:  # do_cow_fault()

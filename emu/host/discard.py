@@ -40,6 +40,17 @@ class Discard:
         self.taken += taken
         return taken
 
+    def lazily(self, ranges: Ranges) -> int:
+        """Free frames lazily whatever the policy: a write takes it back (free page hints). Returns how many."""
+        return self._ram.lazy_free(ranges)
+
+    def drop(self, ranges: Ranges) -> int:
+        """Take those of lazily freed frames that weren't written since; return how many."""
+        self.offered += ranges.frames
+        taken = self._ram.lazy_drop(ranges)
+        self.taken += taken
+        return taken
+
     def pressure(self) -> int:
         """Make the kernel take what was lazily freed and not written since; return the frames that went."""
         return self._ram.lazy_drop()

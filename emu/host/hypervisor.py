@@ -1,7 +1,10 @@
 """The hypervisor of one guest: its RAM, what is done with returned memory, and the devices."""
 
+from pathlib import Path
+
 from emu.host.balloon import Balloon
 from emu.host.discard import Discard
+from emu.host.disk import DirectoryDisk, ImageDisk, open_disk
 from emu.ram import GuestRam
 from emu.units import FRAME_SIZE
 
@@ -15,6 +18,17 @@ class Hypervisor:
         self.ram = ram
         self.discard = Discard(ram, on_return)
         self.balloon = Balloon(ram.frames, self.discard)
+        self._disks: list[DirectoryDisk | ImageDisk] = []
+
+    @property
+    def disks(self) -> list[DirectoryDisk | ImageDisk]:
+        """The guest's disks."""
+        return self._disks
+
+    def add_disk(self, path: str | Path, *, read_only: bool = False) -> DirectoryDisk | ImageDisk:
+        """Open a directory, or an image file, as a disk for the guest."""
+        self._disks.append(open_disk(path, read_only=read_only))
+        return self._disks[-1]
 
     def pressure(self) -> int:
         """Put lazily freed memory under pressure; return the bytes that the kernel dropped."""

@@ -10,8 +10,13 @@ from typing import Any, ClassVar, Protocol
 from emu.errors import BadValue
 from emu.guest.kernel import GuestKernel
 from emu.host.hypervisor import Hypervisor
+from emu.mechanisms.aging import AgingMechanism
+from emu.mechanisms.balloon import BalloonMechanism
+from emu.mechanisms.dropcaches import DropCaches
 from emu.mechanisms.none import NoMechanism
 from emu.mechanisms.reporting import Reporting
+from emu.observe.chain import Arrow
+from emu.observe.pagemap import Stage
 
 __all__ = ["ALIASES", "MECHANISMS", "Mechanism", "make_mechanism"]
 
@@ -25,6 +30,9 @@ class Mechanism(Protocol):
     name: ClassVar[str]
     #: field -> how to read it from text
     parsers: ClassVar[dict[str, Callable[[str], Any]]]
+    #: the stages that its memory goes through, and the ways between them
+    chain: ClassVar[tuple[Stage, ...]]
+    arrows: ClassVar[tuple[Arrow, ...]]
 
     def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
         """Wire guest and host together, once, before the guest does anything."""
@@ -40,7 +48,9 @@ class Mechanism(Protocol):
         at most 27 characters."""
 
 
-MECHANISMS: dict[str, type[Mechanism]] = {cls.name: cls for cls in (NoMechanism, Reporting)}
+MECHANISMS: dict[str, type[Mechanism]] = {
+    cls.name: cls for cls in (NoMechanism, Reporting, DropCaches, AgingMechanism, BalloonMechanism)
+}
 ALIASES = {"fpr": "reporting", "free-page-reporting": "reporting"}
 
 

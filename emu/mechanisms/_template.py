@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 from emu.errors import BadValue
 from emu.guest.kernel import GuestKernel
 from emu.host.hypervisor import Hypervisor
+from emu.observe.chain import GUEST_ARROWS, GUEST_CHAIN, Arrow
+from emu.observe.pagemap import Stage
 from emu.ranges import Ranges
 from emu.units import parse_duration
 
@@ -25,6 +27,12 @@ class Eager:
 
     name: ClassVar[str] = "eager"
     parsers: ClassVar[dict[str, Callable[[str], Any]]] = {"period": lambda text: parse_duration(text, "period")}
+    #: the stages that the live view shows, in the order in which memory goes, and the arrows between them
+    chain: ClassVar[tuple[Stage, ...]] = (*GUEST_CHAIN, Stage.HOST_OWNED)
+    arrows: ClassVar[tuple[Arrow, ...]] = (
+        *GUEST_ARROWS,
+        Arrow(Stage.FREE, Stage.HOST_OWNED, ("discard_frames",)),
+    )
 
     def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
         """Queue the first round. Raise BadValue here for settings out of range.

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 from emu.guest.kernel import GuestKernel
 from emu.host.hypervisor import Hypervisor
+from emu.observe.chain import GUEST_ARROWS, GUEST_CHAIN, Arrow
+from emu.observe.pagemap import Stage
 
 __all__ = ["NoMechanism"]
 
@@ -16,9 +18,11 @@ class NoMechanism:
 
     name: ClassVar[str] = "none"
     parsers: ClassVar[dict[str, Callable[[str], Any]]] = {}
+    chain: ClassVar[tuple[Stage, ...]] = GUEST_CHAIN
+    arrows: ClassVar[tuple[Arrow, ...]] = GUEST_ARROWS
 
     def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
-        """There is nothing to wire."""
+        """There is nothing to wire: a guest without a balloon device."""
 
     def detach(self, guest: GuestKernel, host: Hypervisor) -> None:
         """Nor to undo."""

@@ -11,17 +11,23 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from emu.errors import BadValue
-from emu.guest.balloon import BalloonDriver
 from emu.guest.kernel import GuestKernel
 from emu.guest.reporting import DEFAULT_DELAY, DEFAULT_ORDER, PageReporting, ReportingState
 from emu.host.hypervisor import Hypervisor
+from emu.observe.chain import GUEST_ARROWS, GUEST_CHAIN, Arrow
+from emu.observe.pagemap import Stage
 from emu.units import FRAME_SIZE, format_size, parse_duration
 from emu.virtio.balloon import Feature
 
-__all__ = ["Reporting"]
+__all__ = ["REPORTING_ARROWS", "REPORTING_CHAIN", "Reporting", "parse_delay", "parse_order", "parse_yes"]
 
 
-def _order(text: str) -> int:
+REPORTING_CHAIN = (*GUEST_CHAIN, Stage.HOST_OWNED)
+REPORTING_ARROWS = (*GUEST_ARROWS, Arrow(Stage.FREE, Stage.HOST_OWNED, ("discard_frames",)))
+
+
+def parse_order(text: str) -> int:
+    """Read a reporting order."""
     try:
         return int(text)
     except ValueError:
@@ -35,10 +41,16 @@ def _byte(text: str) -> int:
         raise BadValue(f"page poison {text!r} isn't a byte such as 0xaa") from None
 
 
-def _yes(text: str) -> bool:
+def parse_yes(text: str) -> bool:
+    """Read yes or no."""
     if text.lower() not in ("yes", "no", "true", "false", "1", "0"):
-        raise BadValue(f"assigned_device {text!r} must be yes or no")
+        raise BadValue(f"{text!r} must be yes or no")
     return text.lower() in ("yes", "true", "1")
+
+
+def parse_delay(text: str) -> float:
+    """Read a reporting delay."""
+    return parse_duration(text, "reporting delay")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +64,13 @@ class Reporting:
 
     name: ClassVar[str] = "reporting"
     parsers: ClassVar[dict[str, Callable[[str], Any]]] = {
-        "order": _order,
-        "delay": lambda text: parse_duration(text, "reporting delay"),
+        "order": parse_order,
+        "delay": parse_delay,
         "poison": _byte,
-        "assigned_device": _yes,
+        "assigned_device": parse_yes,
     }
+    chain: ClassVar[tuple[Stage, ...]] = REPORTING_CHAIN
+    arrows: ClassVar[tuple[Arrow, ...]] = REPORTING_ARROWS
 
     def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
         """Give the guest a balloon driver and a reporting worker, over the host's balloon device."""
@@ -64,19 +78,23 @@ class Reporting:
             raise BadValue(f"page poison {self.poison!r} isn't a byte")
         guest.page_poison = self.poison
         host.balloon.assigned_device = self.assigned_device
-        driver = BalloonDriver(host.balloon, poison=self.poison)
-        if Feature.PAGE_REPORTING in driver.features:
+        driver = guest.probe_balloon(host.balloon)
+        if Feature.PAGE_REPORTING not in driver.features:
+            return
+        try:
             guest.reporting = PageReporting(
                 guest.zones, guest.timers, guest.clock.now, driver.report, order=self.order, delay=self.delay
             )
+        except BaseException:
+            self.detach(guest, host)
+            raise
 
     def detach(self, guest: GuestKernel, host: Hypervisor) -> None:
         """Unbind the driver: the worker stops, the device is reset. Blocks keep their Reported flags, as in Linux."""
         if guest.reporting is not None:
-            guest.reporting.stop()
-            for name, value in guest.reporting.counters.items():
-                guest.ended[name] = guest.ended.get(name, 0) + value
+            guest.end_worker(guest.reporting)
             guest.reporting = None
+        guest.remove_balloon()
         host.balloon.reset()
         host.balloon.assigned_device = False
 

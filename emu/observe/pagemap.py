@@ -1,48 +1,92 @@
-"""PageMap: who has the frames and what the host holds of them, counted by cells of the RAM.
+"""PageMap: the stage of every frame, from whose it is in the guest and what the host holds of it, counted by cells.
 
-Each frame is in one stage. The host's view comes first: what it doesn't hold costs nothing, whoever the guest says has
-it. Of what it holds, the guest says who uses it; and frames that are free there and resident here are what giving back
-is about.
+Each frame is in one stage, and the stages add up to the RAM. The guest's view comes first where it uses a frame; of
+free frames the host's view decides: what the host doesn't hold costs nothing. So the kernel's RSS is the sum of the
+stages in RESIDENT, but for pages that it has dropped from LAZY without telling.
 """
 
 import enum
 from dataclasses import dataclass
 
 from emu.frames import FrameState
-from emu.guest.kernel import GuestKernel, PageOwner
+from emu.guest.kernel import GuestKernel
+from emu.guest.page import Owner
 from emu.ram import GuestRam
 
-__all__ = ["PageMap", "Stage", "take_page_map"]
+__all__ = ["LABELS", "RESIDENT", "PageMap", "Stage", "take_page_map"]
 
 
 class Stage(enum.IntEnum):
     """Where a frame is. The order is that of the counts in a cell."""
 
-    HOST = 0  # nothing resident: never touched, given back, or the shared zero page
-    ANON = 1
-    FILE = 2
-    PCP = 3  # freed, on a per-CPU list: out of reporting's sight
-    FREE = 4  # free, and still resident
-    REPORTED = 5  # free and reported, and still resident
-    LAZY = 6  # lazily freed: the kernel may take it
-    LOST = 7
+    HOST_OWNED = 0  # free in the guest and not resident: never touched, given back, or the shared zero page
+    ANONYMOUS = 1
+    SHMEM = 2  # files that live in memory alone
+    DIRTY = 3  # page cache
+    WRITEBACK = 4
+    ACTIVE = 5  # clean
+    INACTIVE = 6
+    PCP = 7  # freed, on a per-CPU list: out of reporting's sight
+    FREE = 8  # free, and still resident
+    REPORTED = 9  # free and reported, and still resident
+    LAZY = 10  # lazily freed: the kernel may take it
+    HINTED = 11  # held by the balloon driver for a hinting run, and still resident
+    INFLATED = 12  # in the balloon, and still resident: the host can't take part of a huge page
+    BALLOONED = 13  # in the balloon, and gone
+    LOST = 14
 
 
-_OF_OWNER = {
-    PageOwner.ANON: Stage.ANON,
-    PageOwner.FILE: Stage.FILE,
-    PageOwner.PCP: Stage.PCP,
-    PageOwner.FREE: Stage.FREE,
-    PageOwner.REPORTED: Stage.REPORTED,
+#: as people call them
+LABELS = {
+    Stage.HOST_OWNED: "host-owned",
+    Stage.ANONYMOUS: "anonymous",
+    Stage.SHMEM: "shmem",
+    Stage.DIRTY: "dirty",
+    Stage.WRITEBACK: "writeback",
+    Stage.ACTIVE: "active",
+    Stage.INACTIVE: "inactive",
+    Stage.PCP: "per-CPU",
+    Stage.FREE: "free",
+    Stage.REPORTED: "reported",
+    Stage.LAZY: "lazy",
+    Stage.HINTED: "hinted",
+    Stage.INFLATED: "inflated",
+    Stage.BALLOONED: "ballooned",
+    Stage.LOST: "lost",
 }
-_OF_STATE = {
-    FrameState.ZERO: Stage.HOST,
-    FrameState.ZEROMAP: Stage.HOST,
-    FrameState.LAZY: Stage.LAZY,
-    FrameState.LOST: Stage.LOST,
+
+#: stages whose frames are resident
+RESIDENT = frozenset(Stage) - {Stage.HOST_OWNED, Stage.BALLOONED, Stage.LOST}
+
+_USED = {
+    Owner.ANON: Stage.ANONYMOUS,
+    Owner.SHMEM: Stage.SHMEM,
+    Owner.DIRTY: Stage.DIRTY,
+    Owner.WRITEBACK: Stage.WRITEBACK,
+    Owner.ACTIVE: Stage.ACTIVE,
+    Owner.INACTIVE: Stage.INACTIVE,
 }
-# [owner][state] -> stage; RESIDENT and BUSY are the owner's
-_STAGE = [[_OF_STATE.get(state, _OF_OWNER[owner]) for state in FrameState] for owner in PageOwner]
+_FREE = {
+    Owner.FREE: Stage.FREE,
+    Owner.PCP: Stage.PCP,
+    Owner.REPORTED: Stage.REPORTED,
+    Owner.HINTED: Stage.HINTED,
+    Owner.BALLOON: Stage.INFLATED,
+}
+
+
+def _stage(owner: Owner, state: FrameState) -> Stage:
+    if state is FrameState.LOST:
+        return Stage.LOST
+    if state in (FrameState.ZERO, FrameState.ZEROMAP):
+        return Stage.BALLOONED if owner is Owner.BALLOON else Stage.HOST_OWNED
+    if owner in _USED:  # LAZY, too: it was written since, which takes the lazy free back
+        return _USED[owner]
+    return Stage.LAZY if state is FrameState.LAZY else _FREE[owner]
+
+
+# [owner][state]
+_STAGE = [[_stage(owner, state) for state in FrameState] for owner in Owner]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +109,15 @@ def cell_frames(frames: int, cells: int) -> int:
     return 1 << max(-(-frames // max(cells, 1)) - 1, 0).bit_length()
 
 
-def take_page_map(guest: GuestKernel, ram: GuestRam, cells: int) -> PageMap:
-    """Count all frames by cell: a step in Python a free block, and one in C eight frames or a block of zeros."""
+def take_page_map(guest: GuestKernel, ram: GuestRam, cells: int = 1) -> PageMap:
+    """Count all frames by cell: a step in C for eight frames, or a block that nobody has touched."""
     size = cell_frames(ram.frames, cells)
-    owners, states, stages = len(PageOwner), len(FrameState), len(Stage)
-    flat = ram.tally(guest.page_owners(), size, owners)
-    per_cell = owners * states
+    flat = ram.tally(guest.memmap.native, guest.listed_frames(), size)
+    per_cell = len(Owner) * len(FrameState)
     order = [stage for row in _STAGE for stage in row]
     counted = []
     for at in range(0, len(flat), per_cell):
-        cell = [0] * stages
+        cell = [0] * len(Stage)
         for stage, n in zip(order, flat[at : at + per_cell], strict=True):
             if n:
                 cell[stage] += n

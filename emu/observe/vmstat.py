@@ -1,25 +1,51 @@
 """Counters of guest, host and core in one flat table, spelled as /proc/vmstat spells its own."""
 
 from emu.guest.kernel import GuestKernel
+from emu.guest.page import Lru, Owner
 from emu.host.hypervisor import Hypervisor
 
 __all__ = ["read_vmstat"]
+
+_DISK = (
+    "disk_reads",
+    "disk_read_bytes",
+    "disk_writes",
+    "disk_written_bytes",
+    "disk_syncs",
+    "disk_direct_bytes",
+    "disk_buffered_bytes",
+)
 
 
 def read_vmstat(guest: GuestKernel, host: Hypervisor) -> dict[str, int]:
     """Return all counters. The guest's start with guest_ where the core has one of the same name.
 
-    nr_* are frames by state; the others count up. report_pages are frames reported, discard_frames frames that held
-    memory when they were discarded.
+    nr_* are frames by state, guest_nr_* pages by list; the others count up. report_pages are frames reported,
+    discard_frames frames that held memory when they were discarded; disk_*_bytes are bytes that went to or from the
+    disks.
     """
     counters = {f"guest_{name}": value for name, value in guest.vmstat.items()}
-    if guest.reporting is not None:
-        # workers that were there before it have left theirs with the guest
-        counters |= {name: value + guest.ended.get(name, 0) for name, value in guest.reporting.counters.items()}
-    else:
-        counters |= guest.ended
+    memmap = guest.memmap
+    stats = memmap.stats
+    counters |= {f"guest_nr_{lru.name.lower()}": memmap.nr(lru) for lru in Lru}
+    counters["guest_nr_dirty"] = memmap.count(Owner.DIRTY)
+    counters["guest_nr_writeback"] = memmap.count(Owner.WRITEBACK)
+    counters["guest_nr_mapped"] = int(stats.nr_mapped)
+    for name in ("pgactivate", "pgdeactivate", "pgrefill", "pgrotated"):
+        counters[f"guest_{name}"] = int(getattr(stats, name))
+    for name in ("refault", "activate", "restore"):
+        counters[f"guest_workingset_{name}_file"] = int(getattr(stats, f"workingset_{name}"))
+    # workers that were there before have left theirs with the guest
+    counters |= guest.ended
+    workers = [worker for worker in (guest.reporting, guest.aging) if worker is not None]
+    for worker in workers:
+        counters |= {name: value + guest.ended.get(name, 0) for name, value in worker.counters.items()}
     counters |= host.balloon.counters
     counters["return_offered"] = host.discard.offered
     counters["return_taken"] = host.discard.taken
+    counters |= dict.fromkeys(_DISK, 0)
+    for disk in guest.vfs.disks:
+        for name, value in disk.counters.items():
+            counters[name] = counters.get(name, 0) + value
     counters |= host.ram.stats()
     return counters

@@ -21,24 +21,33 @@ class Cell(NamedTuple):
 
 #: stage -> letter, style, what it is
 LEGEND: dict[Stage, tuple[str, str, str]] = {
-    Stage.ANON: ("A", "green", "anonymous"),
-    Stage.FILE: ("C", "cyan", "cache"),
+    Stage.ANONYMOUS: ("A", "green", "anonymous"),
+    Stage.SHMEM: ("S", "bright_green", "shmem"),
+    Stage.DIRTY: ("D", "red", "dirty"),
+    Stage.WRITEBACK: ("W", "bright_red", "writeback"),
+    Stage.ACTIVE: ("C", "bright_cyan", "cache, active"),
+    Stage.INACTIVE: ("I", "cyan", "cache, inactive"),
     Stage.PCP: ("P", "magenta", "per-CPU lists"),
     Stage.FREE: ("F", "yellow", "free, resident"),
     Stage.REPORTED: ("R", "bright_blue", "reported, resident"),
     Stage.LAZY: ("L", "blue", "lazily freed"),
+    Stage.HINTED: ("H", "bright_magenta", "hinted"),
+    Stage.INFLATED: ("O", "bright_yellow", "in the balloon, resident"),
+    Stage.BALLOONED: ("o", "dim yellow", "in the balloon"),
     Stage.LOST: ("X", "bold red", "lost"),
-    Stage.HOST: (".", "dim", "not resident"),
+    Stage.HOST_OWNED: (".", "dim", "not resident"),
 }
+# cells that are mostly so get their own mark where it is mixed, since they have no small letter
+_MIXED = {Stage.HOST_OWNED: ",", Stage.BALLOONED: "b"}
 
 
 def _cell(counts: tuple[int, ...]) -> Cell:
     # the most common stage; of two as common, the one that costs memory
-    stage = max(Stage, key=lambda s: (counts[s], s is not Stage.HOST, -s))
+    stage = max(Stage, key=lambda s: (counts[s], s is not Stage.HOST_OWNED, -s))
     letter, style, _ = LEGEND[stage]
     if counts[stage] == sum(counts):
         return Cell(letter, style)
-    return Cell("," if stage is Stage.HOST else letter.lower(), style)
+    return Cell(_MIXED.get(stage, letter.lower()), style)
 
 
 def cells(page_map: PageMap) -> list[Cell]:
@@ -59,5 +68,5 @@ def legend(page_map: PageMap) -> list[tuple[Cell, str]]:
     return [
         (Cell(letter, style), what)
         for stage, (letter, style, what) in LEGEND.items()
-        if totals[stage] or stage in (Stage.ANON, Stage.FREE, Stage.HOST)
+        if totals[stage] or stage in (Stage.ANONYMOUS, Stage.FREE, Stage.HOST_OWNED)
     ]

@@ -3,6 +3,8 @@
 Both have the guest kernel's GuestMemory protocol and must show a guest the same bytes as a GuestRam does.
 """
 
+from collections.abc import Iterator
+
 from emu import _native
 from emu.errors import RangeError
 from emu.frames import Op
@@ -14,7 +16,45 @@ __all__ = ["BytesMemory", "ReferenceMemory"]
 _ZEROS = bytes(FRAME_SIZE)
 
 
-class ReferenceMemory:
+class _Vectored:
+    # readv and writev, in terms of read and write
+
+    def read(self, gpa: int, n: int) -> bytes:
+        raise NotImplementedError
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        raise NotImplementedError
+
+    def readv(self, ranges: Ranges, skip: int, into: bytearray | memoryview) -> None:
+        """Fill `into` from the ranges' frames, one after another, from byte `skip` of them on."""
+        view = memoryview(into).cast("B")
+        for gpa, at, n in self._parts(ranges, skip, len(view)):
+            view[at : at + n] = self.read(gpa, n)
+
+    def writev(self, ranges: Ranges, skip: int, data: bytes | bytearray | memoryview) -> None:
+        """Write data to the ranges' frames likewise."""
+        view = memoryview(data).cast("B")
+        for gpa, at, n in self._parts(ranges, skip, len(view)):
+            self.write(gpa, view[at : at + n])
+
+    @staticmethod
+    def _parts(ranges: Ranges, skip: int, length: int) -> Iterator[tuple[int, int, int]]:
+        if skip + length > ranges.frames * FRAME_SIZE:
+            raise RangeError(f"{length} bytes from byte {skip} on are more than the ranges have")
+        done = 0
+        for gfn, count, _ in ranges:
+            size = count * FRAME_SIZE
+            if skip >= size:
+                skip -= size
+                continue
+            n = min(size - skip, length - done)
+            if n:
+                yield gfn * FRAME_SIZE + skip, done, n
+            done += n
+            skip = 0
+
+
+class ReferenceMemory(_Vectored):
     """A dict of pages: what is in it is resident, what isn't reads as zero. The oracle of the stateful tests."""
 
     def __init__(self, size: int | str) -> None:
@@ -72,7 +112,7 @@ class ReferenceMemory:
             raise RangeError(f"bytes [{gpa}, {gpa + n}) are outside the RAM", frames=self.frames)
 
 
-class BytesMemory:
+class BytesMemory(_Vectored):
     """A bytearray: everything is resident from the start."""
 
     def __init__(self, size: int | str) -> None:

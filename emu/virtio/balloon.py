@@ -5,19 +5,26 @@ two things with two queues.
 """
 
 import enum
-from collections.abc import Sequence
+import struct
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 __all__ = [
+    "CMD_ID_DONE",
+    "CMD_ID_STOP",
     "DEVICE_ID",
     "PFN_SHIFT",
     "Config",
+    "DeviceQueues",
+    "Driver",
     "Entry",
     "Feature",
     "Queue",
-    "ReportingQueue",
     "StatTag",
+    "decode_stats",
+    "encode_stats",
     "queue_indices",
 ]
 
@@ -101,7 +108,49 @@ class Entry:
     length: int
 
 
-class ReportingQueue(Protocol):
-    """The reporting virtqueue as the driver sees it: returns when the device has acknowledged."""
+#: free_page_hint_cmd_id: what isn't a run's number (2 and up)
+CMD_ID_STOP = 0
+CMD_ID_DONE = 1
 
-    def __call__(self, entries: Sequence[Entry]) -> None: ...
+_STAT = struct.Struct("<HQ")  # le16 tag, le64 value
+
+
+def encode_stats(stats: Mapping[StatTag, int]) -> bytes:
+    """Return a statistics buffer: ten bytes an entry."""
+    return b"".join(_STAT.pack(tag, value) for tag, value in stats.items())
+
+
+def decode_stats(buffer: bytes) -> dict[StatTag, int]:
+    """Return what a statistics buffer holds. Tags that aren't known are left out: a guest may send newer ones."""
+    known = {int(tag): tag for tag in StatTag}
+    whole = len(buffer) - len(buffer) % _STAT.size
+    return {known[tag]: value for tag, value in _STAT.iter_unpack(buffer[:whole]) if tag in known}
+
+
+class DeviceQueues(Protocol):
+    """The device as the driver finds it behind its queues. Each call returns when the device has acknowledged."""
+
+    def inflate(self, pfns: "array[int]") -> None:
+        """The guest gives these frames up: le32 page numbers, 256 at most."""
+
+    def deflate(self, pfns: "array[int]") -> None:
+        """The guest wants these frames back."""
+
+    def hint_command(self, command: int) -> None:
+        """A hinting run's id: what follows belongs to it; or CMD_ID_STOP: that was all."""
+
+    def hint(self, entry: Entry) -> None:
+        """A free block. The guest may use it again before this returns, and a write to it takes the hint back."""
+
+    def report(self, entries: Sequence[Entry]) -> None:
+        """Free blocks, which the guest doesn't touch before this returns."""
+
+
+class Driver(Protocol):
+    """The driver as the device finds it."""
+
+    def config_changed(self) -> None:
+        """The configuration space has changed: an interrupt."""
+
+    def stats(self) -> bytes:
+        """The device has returned the statistics buffer: fill it anew."""

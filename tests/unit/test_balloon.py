@@ -2,9 +2,12 @@
 
 import pytest
 
+from emu.clock import StepClock
 from emu.errors import BadValue
 from emu.guest.balloon import BalloonDriver
+from emu.guest.kernel import GuestKernel
 from emu.host.balloon import Balloon
+from emu.testing import BytesMemory
 from emu.virtio.balloon import Config, Entry, Feature, Queue, StatTag, queue_indices
 
 
@@ -17,6 +20,10 @@ class Taken:
     def frames(self, ranges):
         self.ranges += [(gfn, count) for gfn, count, _ in ranges]
         return 0
+
+
+def guest():
+    return GuestKernel(BytesMemory("4MiB"), StepClock())
 
 
 def device(**options):
@@ -42,8 +49,8 @@ def test_queues_are_numbered_by_what_was_negotiated():
 def test_bad_entries_are_ignored_and_the_good_ones_taken():
     """QEMU: misaligned or out of range is skipped silently, and acknowledged."""
     balloon, taken = device()
-    driver = BalloonDriver(balloon)
-    balloon._report(
+    driver = BalloonDriver(guest(), balloon)
+    balloon.report(
         [
             Entry(4096, 8192),
             Entry(4097, 4096),
@@ -62,7 +69,7 @@ def test_bad_entries_are_ignored_and_the_good_ones_taken():
 def test_poison_or_an_assigned_device_inhibit_discarding():
     """Acknowledged, nothing taken."""
     balloon, taken = device()
-    driver = BalloonDriver(balloon, poison=0xAA)
+    driver = BalloonDriver(guest(), balloon, poison=0xAA)
     assert balloon.config.poison_val == 0xAAAAAAAA
     assert driver.report([(0, 9)])
     assert taken.ranges == []
@@ -71,14 +78,14 @@ def test_poison_or_an_assigned_device_inhibit_discarding():
     assert balloon.config.poison_val == 0
     balloon, taken = device()
     balloon.assigned_device = True
-    assert BalloonDriver(balloon).report([(0, 9)])
+    assert BalloonDriver(guest(), balloon).report([(0, 9)])
     assert taken.ranges == []
 
 
 def test_init_on_free_poisons_with_zero_and_may_be_discarded():
     """poison_val 0: a discarded frame reads as what the guest expects."""
     balloon, taken = device()
-    driver = BalloonDriver(balloon, poison=0)
+    driver = BalloonDriver(guest(), balloon, poison=0)
     driver.report([(0, 9)])
     assert taken.ranges == [(0, 512)]
 
@@ -86,8 +93,8 @@ def test_init_on_free_poisons_with_zero_and_may_be_discarded():
 def test_a_poisoning_guest_gives_reporting_up_without_the_feature():
     """Else the host would not know what the guest expects to find."""
     balloon, _ = device(offered=Feature.PAGE_REPORTING)
-    assert Feature.PAGE_REPORTING not in BalloonDriver(balloon, poison=0xAA).features
-    assert Feature.PAGE_REPORTING in BalloonDriver(balloon).features
+    assert Feature.PAGE_REPORTING not in BalloonDriver(guest(), balloon, poison=0xAA).features
+    assert Feature.PAGE_REPORTING in BalloonDriver(guest(), balloon).features
 
 
 def test_what_was_not_offered_cannot_be_negotiated():

@@ -21,19 +21,27 @@ def test_a_cell_is_a_capital_when_pure_and_small_when_mixed():
         8 * 512,
         512,
         (
-            counts(anon=512),
-            counts(anon=511, host=1),
-            counts(host=512),
-            counts(host=511, free=1),
-            counts(free=200, pcp=300, host=12),
-            counts(host=256, reported=256),
+            counts(anonymous=512),
+            counts(anonymous=511, host_owned=1),
+            counts(host_owned=512),
+            counts(host_owned=511, free=1),
+            counts(free=200, pcp=300, host_owned=12),
+            counts(host_owned=256, reported=256),
             counts(lazy=512),
-            counts(lost=300, anon=212),
+            counts(lost=300, anonymous=212),
         ),
     )
     assert text(cells(page_map)) == "Aa.,prLx"
     assert [text(row) for row in map_rows(page_map, 3)] == ["Aa.", ",pr", "Lx"]
-    assert page_map.totals == (512 * 1 + 1 + 511 + 12 + 256, 512 + 511 + 212, 0, 300, 201, 256, 512, 300)
+    assert page_map.totals == counts(
+        host_owned=512 + 1 + 511 + 12 + 256,
+        anonymous=512 + 511 + 212,
+        pcp=300,
+        free=201,
+        reported=256,
+        lazy=512,
+        lost=300,
+    )
     assert [cell.char + " " + what for cell, what in legend(page_map)] == [
         "A anonymous",
         "P per-CPU lists",

@@ -82,24 +82,24 @@ def test_the_map_follows_what_the_guest_does(machine):
         assert sum(page_map.totals) == machine.ram.frames
         return {stage.name: n for stage, n in zip(Stage, page_map.totals, strict=True) if n}
 
-    assert totals() == {"HOST": 16384}
+    assert totals() == {"HOST_OWNED": 16384}
     process = machine.guest.spawn("a")
     memory = process.mmap("8MiB")
     memory.touch()
-    assert totals() == {"HOST": 14336, "ANON": 2048}
+    assert totals() == {"HOST_OWNED": 14336, "ANONYMOUS": 2048}
     memory.munmap("4MiB", "4MiB")
     on_lists = machine.guest.pcp_bytes >> 12
     seen = totals()
-    assert seen["ANON"] == 1024
+    assert seen["ANONYMOUS"] == 1024
     assert seen["PCP"] + seen.get("FREE", 0) == 1024
     assert 0 < seen["PCP"] <= on_lists  # the rest was never touched
     machine.guest.drain_pages()
-    assert totals() == {"HOST": 14336, "ANON": 1024, "FREE": 1024}
+    assert totals() == {"HOST_OWNED": 14336, "ANONYMOUS": 1024, "FREE": 1024}
     machine.settle()
-    assert totals() == {"HOST": 15360, "ANON": 1024}
+    assert totals() == {"HOST_OWNED": 15360, "ANONYMOUS": 1024}
     file = machine.guest.create_file("1MiB")
     file.fill(seed=1)
-    assert totals() == {"HOST": 15104, "ANON": 1024, "FILE": 256}
+    assert totals() == {"HOST_OWNED": 15104, "ANONYMOUS": 1024, "SHMEM": 256}
     machine.ram.poison([(memory._frame[0] - 1, 1)])
     assert totals()["LOST"] == 1
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from emu.errors import AllocatorError, BadValue, GuestError, GuestMemoryError, OutOfMemory
+from emu.errors import AllocatorError, BadValue, GuestError, GuestMemoryError, OomKilled, OutOfMemory
 from emu.guest.kernel import GuestKernel
 from emu.guest.memory import Op
 from emu.testing import ReferenceMemory, StepClock
@@ -231,22 +231,43 @@ def test_a_double_free_in_the_kernel_raises_and_changes_nothing():
     assert (kernel.free_bytes, kernel.pcp_bytes) == free
 
 
-def test_out_of_memory_is_an_error_of_that_process():
-    """What was had stays mapped; the min watermark and the reserve stay free; freeing makes it work again."""
+def test_out_of_memory_kills_the_largest_process():
+    """It was the one that asked: its call raises, all its memory is back, and others go on."""
     _, kernel = boot()
     process = kernel.spawn("hog")
     memory = process.mmap("128MiB")
-    with pytest.raises(OutOfMemory, match=r"process 1 \(hog\).*min watermark") as caught:
+    small = kernel.spawn("other").mmap(4096)
+    small.touch()
+    with pytest.raises(OomKilled, match=r"process 1 \(hog\) was killed") as caught:
         memory.fill(seed=3)
     assert caught.value.wanted > 0
+    assert caught.value.pid == 1
+    assert process.rss_bytes == 0
+    assert kernel.used_bytes == small.process.rss_bytes == 4096
+    assert kernel.vmstat["oom_kill"] == 1
+    with pytest.raises(GuestError, match="killed by the OOM killer"):
+        memory.touch()
+    with pytest.raises(GuestError, match="killed"):
+        process.mmap(4096)
+    assert small.process in kernel.processes
+    assert process not in kernel.processes
+
+
+def test_nobody_is_killed_who_is_exempt():
+    """Then the call fails, and what was had stays mapped; the min watermark and the reserve stay free."""
+    _, kernel = boot()
+    process = kernel.spawn("hog")
+    process.oom_score_adj = -1000
+    memory = process.mmap("128MiB")
+    with pytest.raises(OutOfMemory, match=r"process 1 \(hog\).*min watermark"):
+        memory.fill(seed=3)
     assert process.rss_bytes == kernel.used_bytes > 40 * MIB
     assert kernel.free_bytes >= sum(zone.watermarks.min for zone in kernel.zones) * 4096
-    small = kernel.spawn("other").mmap(4096)
-    with pytest.raises(OutOfMemory):
-        small.touch()
+    assert kernel.vmstat["oom_kill"] == 0
     process.exit()
-    small.touch()
-    assert kernel.used_bytes == 4096
+    again = kernel.spawn("next").mmap("40MiB")
+    again.fill(seed=4)
+    assert again.verify(seed=4) == []
 
 
 def test_used_free_and_per_cpu_add_up_to_the_ram():

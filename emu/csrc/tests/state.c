@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 #include "harness.h"
 
+#include <string.h>
+
 /* The legal transitions, written down a second time: Z zero, M zeromap, R resident, L lazy, B busy, X lost. */
 static int transitions_are_the_table(void)
 {
@@ -62,30 +64,46 @@ static int runs_are_claimed_up_to_what_differs(void)
 
 static int a_tally_counts_every_frame_once(void)
 {
+	enum { FREE = EMU_OWNER_FREE, ANON = EMU_OWNER_ANON, SHMEM = EMU_OWNER_SHMEM, PCP = EMU_OWNER_PCP };
 	struct rig *rig = rig_open(1300, EMU_SERVICE_OFF, 1, 0);
-	/* owner 1 has [100, 700), owner 2 [700, 701) and [1299, 1300) */
-	const struct emu_range owned[] = { { 100, 600, 1 }, { 700, 1, 2 }, { 1299, 1, 2 } };
-	const struct emu_range overlapping[] = { { 5, 2, 1 }, { 6, 1, 1 } };
-	const struct emu_range nobodys = { 5, 2, 0 }, outside = { 1299, 2, 1 };
-	uint32_t n[3][3][EMU_NR_STATES] = { 0 };
+	/* anonymous: [100, 700) by the descriptors; on per-CPU lists: [700, 701) and [1299, 1300), by the ranges */
+	const struct emu_range used = { 100, 600, 0 }, listed[] = { { 700, 1, PCP }, { 1299, 1, PCP } };
+	const struct emu_range overlapping[] = { { 5, 2, ANON }, { 6, 1, ANON } };
+	const struct emu_range nobodys = { 5, 2, EMU_NR_OWNERS }, outside = { 1299, 2, ANON }, over = { 690, 20, SHMEM };
+	uint32_t n[3][EMU_NR_OWNERS][EMU_NR_STATES] = { 0 }, all = 0;
+	struct emu_memmap *m, *other;
 
+	CHECK_EQ(emu_memmap_create(1300, &m), 0);
+	CHECK_EQ(emu_memmap_create(1299, &other), 0);
+	CHECK_EQ(emu_pages_use(m, &used, 1, EMU_OWNER_ANON), 0);
+	CHECK_EQ(emu_pages_use(m, &over, 1, EMU_OWNER_ANON), -EBUSY);
 	CHECK_EQ(rig_run(rig, EMU_TOUCH_WRITE, 90, 30, 0, 1, NULL), 0);
 	CHECK_EQ(rig_run(rig, EMU_TOUCH_READ, 699, 2, 0, 1, NULL), 0);
-	CHECK_EQ(emu_states_tally(rig->r, owned, 3, 512, 3, &n[0][0][0]), 0);
-	CHECK_EQ(n[0][0][EMU_RESIDENT], 10);
-	CHECK_EQ(n[0][0][EMU_ZERO], 90);
-	CHECK_EQ(n[0][1][EMU_RESIDENT], 20);
-	CHECK_EQ(n[0][1][EMU_ZERO], 392);
-	CHECK_EQ(n[1][1][EMU_ZERO], 187);
-	CHECK_EQ(n[1][1][EMU_ZEROMAP], 1);
-	CHECK_EQ(n[1][2][EMU_ZEROMAP], 1);
-	CHECK_EQ(n[1][0][EMU_ZERO], 323);
-	CHECK_EQ(n[2][0][EMU_ZERO], 275);
-	CHECK_EQ(n[2][2][EMU_ZERO], 1);
-	CHECK_EQ(emu_states_tally(rig->r, owned, 3, 512, 2, &n[0][0][0]), -EINVAL);
-	CHECK_EQ(emu_states_tally(rig->r, overlapping, 2, 512, 3, &n[0][0][0]), -EINVAL);
-	CHECK_EQ(emu_states_tally(rig->r, &nobodys, 1, 512, 3, &n[0][0][0]), -EINVAL);
-	CHECK_EQ(emu_states_tally(rig->r, &outside, 1, 512, 3, &n[0][0][0]), -ERANGE);
+	CHECK_EQ(emu_states_tally(rig->r, m, listed, 2, 512, &n[0][0][0]), 0);
+	CHECK_EQ(n[0][FREE][EMU_RESIDENT], 10);
+	CHECK_EQ(n[0][FREE][EMU_ZERO], 90);
+	CHECK_EQ(n[0][ANON][EMU_RESIDENT], 20);
+	CHECK_EQ(n[0][ANON][EMU_ZERO], 392);
+	CHECK_EQ(n[1][ANON][EMU_ZERO], 187);
+	CHECK_EQ(n[1][ANON][EMU_ZEROMAP], 1);
+	CHECK_EQ(n[1][PCP][EMU_ZEROMAP], 1);
+	CHECK_EQ(n[1][FREE][EMU_ZERO], 323);
+	CHECK_EQ(n[2][FREE][EMU_ZERO], 275);
+	CHECK_EQ(n[2][PCP][EMU_ZERO], 1);
+	for (size_t i = 0; i < sizeof(n) / sizeof(all); i++)
+		all += (&n[0][0][0])[i];
+	CHECK_EQ(all, 1300);
+	/* a range comes before what the descriptors say */
+	memset(n, 0, sizeof(n));
+	CHECK_EQ(emu_states_tally(rig->r, m, &over, 1, 512, &n[0][0][0]), 0);
+	CHECK_EQ(n[1][SHMEM][EMU_ZERO] + n[1][SHMEM][EMU_ZEROMAP], 20);
+	CHECK_EQ(n[1][ANON][EMU_ZERO], 690 - 512);
+	CHECK_EQ(emu_states_tally(rig->r, other, listed, 2, 512, &n[0][0][0]), -EINVAL);
+	CHECK_EQ(emu_states_tally(rig->r, m, overlapping, 2, 512, &n[0][0][0]), -EINVAL);
+	CHECK_EQ(emu_states_tally(rig->r, m, &nobodys, 1, 512, &n[0][0][0]), -EINVAL);
+	CHECK_EQ(emu_states_tally(rig->r, m, &outside, 1, 512, &n[0][0][0]), -ERANGE);
+	emu_memmap_destroy(other);
+	emu_memmap_destroy(m);
 	rig_close(rig);
 	return 0;
 }

@@ -1,0 +1,78 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * memmap.h - what memmap.c, pagecache.c and lru.c share: a guest's page descriptors.  Not for callers: those include
+ * emu.h.
+ *
+ * Data structures of the guest's kernel, in C for their number and their speed only.  They never touch guest memory, know
+ * no region and take no lock: whoever calls holds the guest's kernel lock (emu/guest/lock.py).
+ */
+#ifndef EMU_MEMMAP_H
+#define EMU_MEMMAP_H
+
+#include <stdbool.h>
+
+#include "emu.h"
+
+/* What the owner byte can't tell; the lower bits of flags are emu.h's EMU_PG_*. */
+#define PG_LRU (1u << 12)        /* on the list that PG_ACTIVE, PG_SWAPBACKED and PG_UNEVICTABLE say */
+#define PG_SWAPBACKED (1u << 13) /* anonymous */
+#define PG_UNEVICTABLE (1u << 14)
+
+struct emu_page {
+	uint32_t next, prev; /* on its list; a list's head is page frames + list */
+	uint32_t space;      /* whose page it is, of the page cache; NO_SPACE */
+	uint32_t index;      /* and which of its pages */
+	uint32_t mapcount;
+	uint16_t flags;
+	uint16_t gen; /* when it was last accessed, in generations (lru.c) */
+};
+#define NO_SPACE 0 /* ids start at 1: lazily populated descriptors are zeros */
+
+/* A slot of a space: 0, a page's frame + 1, or, from 2^31 on, the shadow of a page that was evicted (lru.c). */
+#define SHADOW (1u << 31)
+#define SHADOW_WORKINGSET (1u << 30)
+#define SHADOW_AGE (SHADOW_WORKINGSET - 1)
+
+struct emu_page_table { /* emu_memmap's private part */
+	uint64_t frames;
+	struct emu_page *page; /* lazily populated, as is all of this mapping */
+	uint8_t *owner;        /* enum emu_owner, a byte a frame: what emu_states_tally() reads */
+	uint16_t *block;       /* frames of a 2 MiB block that are somebody's */
+	size_t len;
+	struct emu_space **space; /* by id; NULL: to be used again */
+	uint32_t nr_spaces;
+	uint32_t *free_id; /* a stack of those */
+	uint32_t nr_free_ids;
+};
+
+struct emu_memmap {
+	struct emu_memmap_stats stats;
+	struct emu_page_table t;
+};
+
+static inline struct emu_page *page_of(struct emu_memmap *m, uint32_t pfn)
+{
+	return &m->t.page[pfn];
+}
+static inline bool has(const struct emu_page *p, unsigned flag)
+{
+	return p->flags & flag;
+}
+
+/* memmap.c */
+void emu_page_own(struct emu_memmap *m, uint32_t pfn, uint8_t owner);
+void emu_page_classify(struct emu_memmap *m, uint32_t pfn); /* a page of the cache: by its flags */
+bool emu_memmap_ranges_ok(const struct emu_memmap *m, const struct emu_range *ranges, size_t n);
+
+/* pagecache.c */
+void emu_space_drop(struct emu_memmap *m, uint32_t pfn, uint32_t slot); /* off its list, out of its space */
+
+/* lru.c */
+void emu_lru_add(struct emu_memmap *m, uint32_t pfn);
+void emu_lru_del(struct emu_memmap *m, uint32_t pfn);
+void emu_lru_rotate(struct emu_memmap *m, uint32_t pfn); /* to the inactive tail: written, and wanted by reclaim */
+void emu_lru_accessed(struct emu_memmap *m, uint32_t pfn);
+void emu_lru_refault(struct emu_memmap *m, uint32_t pfn, uint32_t shadow);
+uint32_t emu_lru_shadow(struct emu_memmap *m, uint32_t pfn);
+
+#endif

@@ -1,0 +1,311 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * pagecache.c - which frame is which page of which file (struct address_space, mm/filemap.c).
+ *
+ * A space is one array of 32-bit slots, indexed by page: a frame's number + 1, a shadow that an evicted page left behind,
+ * or nothing.  Linux has an xarray there, for files of any shape; an array is smaller and faster for files that are read,
+ * and a large one lies in lazily populated memory, so that a sparse terabyte costs what was touched of it.
+ *
+ * A page is in the cache if and only if its slot names its frame and the frame's descriptor names space and index; every
+ * function here keeps both sides.  Nothing here allocates or frees a frame: frames come in as ranges and go out as numbers.
+ */
+#define _GNU_SOURCE
+#include "memmap.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define BIG (64u << 10) /* bytes of slots from which on they get a mapping of their own */
+
+static void slots_free(struct emu_space *s)
+{
+	if (s->len)
+		munmap(s->slot, s->len);
+	else
+		free(s->slot);
+}
+
+/* Room for `pages` slots, the first ones as they are. Room is never given back: a file that grows again is common. */
+static int slots_resize(struct emu_space *s, uint64_t pages)
+{
+	size_t bytes = pages * sizeof(*s->slot), old = s->nr_slots * sizeof(*s->slot);
+	void *slot;
+
+	if (bytes <= old)
+		return 0;
+	if (bytes < BIG) {
+		slot = realloc(s->slot, bytes);
+		if (!slot)
+			return -ENOMEM;
+		memset((uint8_t *)slot + old, 0, bytes - old);
+	} else {
+		size_t len = (bytes * 2 + 4095) & ~(size_t)4095; /* doubled, since a log grows by a page at a time */
+
+		if (s->len >= bytes) {
+			s->nr_slots = pages;
+			return 0;
+		}
+		if (s->len) {
+			slot = mremap(s->slot, s->len, len, MREMAP_MAYMOVE);
+			if (slot == MAP_FAILED)
+				return -ENOMEM;
+		} else {
+			slot = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+			if (slot == MAP_FAILED)
+				return -ENOMEM;
+			if (old)
+				memcpy(slot, s->slot, old);
+			free(s->slot);
+		}
+		s->len = len;
+	}
+	s->slot = slot;
+	s->nr_slots = pages;
+	return 0;
+}
+
+int emu_space_create(struct emu_memmap *m, uint64_t pages, struct emu_space **ret)
+{
+	struct emu_space *s = calloc(1, sizeof(*s));
+	int err;
+
+	*ret = NULL;
+	if (!s)
+		return -ENOMEM;
+	err = pages < UINT32_MAX ? slots_resize(s, pages) : -EFBIG;
+	if (!err && m->t.nr_free_ids) {
+		s->id = m->t.free_id[--m->t.nr_free_ids];
+	} else if (!err) {
+		size_t n = m->t.nr_spaces + 1;
+		struct emu_space **space = realloc(m->t.space, n * sizeof(*space));
+		uint32_t *ids = realloc(m->t.free_id, n * sizeof(*ids));
+
+		if (space)
+			m->t.space = space;
+		if (ids)
+			m->t.free_id = ids;
+		if (space && ids)
+			s->id = m->t.nr_spaces++;
+		else
+			err = -ENOMEM;
+	}
+	if (err) {
+		slots_free(s);
+		free(s);
+		return err;
+	}
+	m->t.space[s->id] = s;
+	*ret = s;
+	return 0;
+}
+
+int emu_space_resize(struct emu_memmap *m, struct emu_space *s, uint64_t pages)
+{
+	(void)m;
+	if (pages >= UINT32_MAX)
+		return -EFBIG;
+	if (pages < s->nr_slots) {
+		uint64_t beyond = s->nr_slots - pages;
+
+		for (uint64_t i = pages; i < s->nr_slots && s->nr_pages; i++)
+			if (s->slot[i] && s->slot[i] < SHADOW)
+				return -EBUSY;
+		memset(s->slot + pages, 0, beyond * sizeof(*s->slot)); /* shadows of what is no longer there */
+		s->nr_slots = s->len ? pages : s->nr_slots;
+		return 0;
+	}
+	return slots_resize(s, pages);
+}
+
+int emu_space_destroy(struct emu_memmap *m, struct emu_space *s)
+{
+	if (s->nr_pages)
+		return -EBUSY;
+	m->t.space[s->id] = NULL;
+	m->t.free_id[m->t.nr_free_ids++] = s->id;
+	slots_free(s);
+	free(s);
+	return 0;
+}
+
+/* The frame of a page, or -1. */
+static int64_t frame_at(const struct emu_space *s, uint64_t index)
+{
+	uint32_t slot = index < s->nr_slots ? s->slot[index] : 0;
+
+	return slot && slot < SHADOW ? (int64_t)slot - 1 : -1;
+}
+
+/* Append to runs, joined where it can be; false: there is no room. */
+static bool append(struct emu_range *runs, size_t cap, size_t *n, uint32_t pfn, uint64_t index)
+{
+	if (*n && runs[*n - 1].gfn + runs[*n - 1].count == pfn && runs[*n - 1].key + runs[*n - 1].count == index) {
+		runs[*n - 1].count++;
+		return true;
+	}
+	if (*n == cap)
+		return false;
+	runs[(*n)++] = (struct emu_range){ .gfn = pfn, .count = 1, .key = index };
+	return true;
+}
+
+int64_t emu_space_lookup(struct emu_memmap *m, struct emu_space *s, uint64_t first, uint64_t count, unsigned how,
+                         struct emu_range *runs, size_t cap, size_t *nr_runs)
+{
+	int64_t pfn;
+	uint64_t k = 0;
+
+	*nr_runs = 0;
+	if (how & EMU_LOOKUP_BACKWARD) {
+		while (k < count && k <= first && frame_at(s, first - k) >= 0)
+			k++;
+		return (int64_t)k;
+	}
+	for (; k < count && (pfn = frame_at(s, first + k)) >= 0; k++) {
+		if (runs && !append(runs, cap, nr_runs, (uint32_t)pfn, first + k))
+			break;
+		if (how & EMU_LOOKUP_MARK && !(how & EMU_LOOKUP_SKIP_FIRST && !k))
+			emu_lru_accessed(m, (uint32_t)pfn);
+		if (how & EMU_LOOKUP_READAHEAD && has(page_of(m, (uint32_t)pfn), EMU_PG_READAHEAD))
+			return (int64_t)(k + 1) | EMU_LOOKUP_MARKER;
+	}
+	return (int64_t)k;
+}
+
+int emu_space_insert(struct emu_memmap *m, struct emu_space *s, const struct emu_range *ranges, size_t n, unsigned how)
+{
+	if (!emu_memmap_ranges_ok(m, ranges, n))
+		return -ERANGE;
+	for (size_t i = 0; i < n; i++) {
+		if (ranges[i].key > s->nr_slots || ranges[i].count > s->nr_slots - ranges[i].key)
+			return -ERANGE;
+		for (uint64_t k = 0; k < ranges[i].count; k++) {
+			if (frame_at(s, ranges[i].key + k) >= 0)
+				return -EEXIST;
+			if (m->t.owner[ranges[i].gfn + k] != EMU_OWNER_FREE)
+				return -EBUSY;
+		}
+	}
+	for (size_t i = 0; i < n; i++)
+		for (uint64_t k = 0; k < ranges[i].count; k++) {
+			uint32_t pfn = (uint32_t)(ranges[i].gfn + k), index = (uint32_t)(ranges[i].key + k);
+			struct emu_page *p = page_of(m, pfn);
+			uint32_t shadow = s->slot[index];
+
+			*p = (struct emu_page){ .space = s->id, .index = index, .gen = m->stats.gen };
+			s->slot[index] = pfn + 1;
+			s->nr_pages++;
+			if (how & EMU_INSERT_DIRTY) {
+				p->flags |= EMU_PG_DIRTY;
+				s->nr_dirty++;
+			}
+			/* a page that is rewritten tells nothing of a working set (filemap_add_folio) */
+			if (shadow && !(how & EMU_INSERT_WRITE))
+				emu_lru_refault(m, pfn, shadow);
+			emu_lru_add(m, pfn);
+			emu_page_classify(m, pfn);
+		}
+	return 0;
+}
+
+void emu_space_drop(struct emu_memmap *m, uint32_t pfn, uint32_t slot)
+{
+	struct emu_page *p = page_of(m, pfn);
+	struct emu_space *s = m->t.space[p->space];
+
+	emu_lru_del(m, pfn);
+	s->slot[p->index] = slot;
+	s->nr_pages--;
+	s->nr_dirty -= has(p, EMU_PG_DIRTY);
+	s->nr_writeback -= has(p, EMU_PG_WRITEBACK);
+	p->flags = 0;
+	p->space = NO_SPACE;
+	emu_page_own(m, pfn, EMU_OWNER_FREE);
+}
+
+int64_t emu_space_remove(struct emu_memmap *m, struct emu_space *s, uint64_t first, uint64_t end, int how,
+                         uint32_t *pfns, size_t cap)
+{
+	const unsigned busy = EMU_PG_DIRTY | EMU_PG_WRITEBACK | EMU_PG_LOCKED;
+	int64_t taken = 0, pfn;
+
+	if (how < EMU_REMOVE_TRUNCATE || how > EMU_REMOVE_EVICT)
+		return -EINVAL;
+	if (end > s->nr_slots)
+		end = s->nr_slots;
+	for (uint64_t i = first; i < end && s->nr_pages && (size_t)taken < cap; i++) {
+		struct emu_page *p;
+
+		pfn = frame_at(s, i);
+		if (pfn < 0)
+			continue;
+		p = page_of(m, (uint32_t)pfn);
+		if (how == EMU_REMOVE_TRUNCATE) {
+			if (p->mapcount)
+				return taken ? taken : -EBUSY;
+		} else if (has(p, busy) || p->mapcount || (how == EMU_REMOVE_EVICT && has(p, EMU_PG_REFERENCED | EMU_PG_YOUNG))) {
+			continue;
+		}
+		emu_space_drop(m, (uint32_t)pfn, how == EMU_REMOVE_EVICT ? emu_lru_shadow(m, (uint32_t)pfn) : 0);
+		pfns[taken++] = (uint32_t)pfn;
+	}
+	return taken;
+}
+
+int64_t emu_space_flag(struct emu_memmap *m, struct emu_space *s, uint64_t first, uint64_t end, unsigned set,
+                       unsigned clear)
+{
+	const unsigned may = EMU_PG_REFERENCED | EMU_PG_DIRTY | EMU_PG_WRITEBACK | EMU_PG_LOCKED | EMU_PG_READAHEAD;
+	int64_t changed = 0, pfn;
+
+	if ((set | clear) & ~may || set & clear)
+		return -EINVAL;
+	if (end > s->nr_slots)
+		end = s->nr_slots;
+	for (uint64_t i = first; i < end; i++) {
+		struct emu_page *p;
+		uint16_t before;
+
+		pfn = frame_at(s, i);
+		if (pfn < 0)
+			continue;
+		p = page_of(m, (uint32_t)pfn);
+		before = p->flags;
+		p->flags = (uint16_t)((before | set) & ~clear);
+		if (p->flags == before)
+			continue;
+		changed++;
+		s->nr_dirty += has(p, EMU_PG_DIRTY) - !!(before & EMU_PG_DIRTY);
+		s->nr_writeback += has(p, EMU_PG_WRITEBACK) - !!(before & EMU_PG_WRITEBACK);
+		/* folio_end_writeback(): reclaim wanted it, and can have it now */
+		if (before & EMU_PG_WRITEBACK && !has(p, EMU_PG_WRITEBACK | EMU_PG_DIRTY) && has(p, EMU_PG_RECLAIM)) {
+			p->flags &= (uint16_t)~EMU_PG_RECLAIM;
+			emu_lru_rotate(m, (uint32_t)pfn);
+		}
+		emu_page_classify(m, (uint32_t)pfn);
+	}
+	return changed;
+}
+
+int64_t emu_space_find(struct emu_memmap *m, struct emu_space *s, uint64_t first, uint64_t end, unsigned mask,
+                       unsigned value, struct emu_range *runs, size_t cap, size_t *nr_runs)
+{
+	int64_t found = 0, pfn;
+
+	*nr_runs = 0;
+	if (end > s->nr_slots)
+		end = s->nr_slots;
+	for (uint64_t i = first; i < end && s->nr_pages; i++) {
+		pfn = frame_at(s, i);
+		if (pfn >= 0 && (page_of(m, (uint32_t)pfn)->flags & mask) == value) {
+			if (!append(runs, cap, nr_runs, (uint32_t)pfn, i))
+				break;
+			found++;
+		} else if (found) {
+			break;
+		}
+	}
+	return found;
+}

@@ -1,0 +1,248 @@
+"""FileMapping: a file of the disk in a process's address space (filemap_fault, do_cow_fault, page_mkwrite).
+
+A page that is read is mapped from the page cache: both have one frame, which counts as mapped and which drop_caches
+leaves alone. Reclaim may take it all the same: it is taken out of the page tables first, and the next access faults it
+in again. In a private mapping a page that is written becomes a copy of the process's own; in a shared one it becomes
+dirty in the cache, at every write, since writeback cleans and protects it in between.
+
+Faults read around: 16 pages before to 16 after the missing one (do_sync_mmap_readahead). An access beyond the file's
+end is SIGBUS, here GuestError.
+
+Whatever allocates may reclaim what was mapped a moment ago. So an operation goes in spans: it maps one, does its work
+there, and only then looks at the next.
+"""
+
+from array import array
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from emu.errors import GuestError, OutOfMemory
+from emu.guest.free_area import lazy_bytes
+from emu.guest.inode import Inode
+from emu.guest.lock import in_kernel
+from emu.guest.memory import Op
+from emu.guest.page import PageFlag
+from emu.guest.readahead import RA_PAGES, Window
+from emu.guest.vma import Mapping
+from emu.ranges import Ranges
+from emu.units import FRAME_SIZE, format_size
+
+if TYPE_CHECKING:
+    from emu.guest.kernel import GuestKernel
+    from emu.guest.process import Process
+
+__all__ = ["FileMapping"]
+
+_SPAN = 256  # pages
+
+
+class FileMapping(Mapping):
+    """A mapping of the first pages of a file of the disk. shared: writes go to the file."""
+
+    def __init__(self, kernel: "GuestKernel", process: "Process", size: int, inode: Inode, *, shared: bool) -> None:
+        super().__init__(kernel, process, size, huge=False)
+        self.inode = inode
+        self.shared = shared
+        # 1: the page-table entry is the cache's page
+        self._cached = lazy_bytes(self.pages)
+        inode.mappings.append(self)
+
+    def __repr__(self) -> str:
+        kind = "shared" if self.shared else "private"
+        return f"<FileMapping {kind} of {self.inode.path!r}, {format_size(self.present * FRAME_SIZE)} present>"
+
+    # ---- access
+
+    @in_kernel
+    def touch(
+        self, offset: int | str = 0, length: int | str | None = None, write: bool = True, threads: int = 1
+    ) -> None:
+        """Touch every page, reading or writing."""
+        first, end = self._span(offset, length)
+        for lo, hi in self._faulted(first, end, write):
+            op = Op.TOUCH_WRITE if write else Op.TOUCH_READ
+            self._kernel.memory.vcpu(op, self._ranges(lo, hi), threads=threads)
+
+    @in_kernel
+    def fill(self, *, seed: int, offset: int | str = 0, length: int | str | None = None, threads: int = 1) -> None:
+        """Fill every page with content that follows from the seed and the page's place."""
+        first, end = self._span(offset, length)
+        for lo, hi in self._faulted(first, end, write=True):
+            self._kernel.memory.vcpu(Op.FILL, self._ranges(lo, hi), seed, threads=threads)
+
+    @in_kernel
+    def verify(
+        self, *, seed: int, offset: int | str = 0, length: int | str | None = None, threads: int = 1
+    ) -> list[int]:
+        """Return the byte offsets of pages that don't hold what fill() with this seed left there."""
+        first, end = self._span(offset, length)
+        bad = []
+        for lo, hi in self._faulted(first, end, write=False):
+            wrong = set(self._kernel.memory.vcpu(Op.VERIFY, self._ranges(lo, hi), seed, threads=threads))
+            bad += [page * FRAME_SIZE for page in range(lo, hi) if self._frame[page] - 1 in wrong]
+        return bad
+
+    @in_kernel
+    def read(self, offset: int | str, n: int) -> bytes:
+        """Return n bytes."""
+        start = self._offset(offset, n)
+        result = bytearray(n)
+        view = memoryview(result)
+        for lo, hi in self._faulted(start // FRAME_SIZE, -(-(start + n) // FRAME_SIZE), write=False):
+            a, b = max(lo * FRAME_SIZE, start), min(hi * FRAME_SIZE, start + n)
+            self._kernel.memory.readv(self._ranges(lo, hi), a - lo * FRAME_SIZE, view[a - start : b - start])
+        return bytes(result)
+
+    @in_kernel
+    def write(self, offset: int | str, data: bytes | bytearray | memoryview) -> None:
+        """Write data."""
+        view = memoryview(data).cast("B")
+        start = self._offset(offset, len(view))
+        end = start + len(view)
+        for lo, hi in self._faulted(start // FRAME_SIZE, -(-end // FRAME_SIZE), write=True):
+            a, b = max(lo * FRAME_SIZE, start), min(hi * FRAME_SIZE, end)
+            self._kernel.memory.writev(self._ranges(lo, hi), a - lo * FRAME_SIZE, view[a - start : b - start])
+
+    # ---- faults
+
+    def _faulted(self, first: int, end: int, write: bool) -> Iterator[tuple[int, int]]:
+        # Spans of pages [first, end) that are present, for writing if need be: each is good until the next one is asked
+        # for.
+        while first < end:
+            stop = min(end, first + _SPAN)
+            if write and not self.shared:
+                stop = self._own(first, stop)
+            else:
+                stop = self._map(first, stop)
+                if write:  # page_mkwrite()
+                    self.inode.space.flag(first, stop, PageFlag.DIRTY)
+                    self._kernel.writeback.dirtied(self.inode)
+            yield first, stop
+            if write and self.shared:
+                self._kernel.writeback.balance_dirty_pages((stop - first) * FRAME_SIZE)
+            first = stop
+
+    def _map(self, first: int, end: int) -> int:
+        # Make pages from `first` on present for reading; returns where it stopped, after one page at least.
+        kernel, page = self._kernel, first
+        while page < end:
+            if self._frame[page]:
+                stop = page + 1
+                while stop < end and self._frame[stop]:
+                    stop += 1
+                self._accessed(page, stop)
+                page = stop
+                continue
+            stop = page + 1
+            while stop < end and not self._frame[stop]:
+                stop += 1
+            n, frames, _ = self.inode.space.lookup(page, stop - page)
+            if not n:
+                if page > first:
+                    break  # reading it in may reclaim the ones before it: those first
+                self._read_around(page)
+                continue
+            kernel.memmap.map(frames, 1, young=True)
+            for gfn, count, index in frames:
+                self._frame[index : index + count] = memoryview(array("I", range(gfn + 1, gfn + 1 + count)))
+            self._cached[page : page + n] = b"\x01" * n
+            self.present += n
+            kernel.vmstat["pgfault"] += n
+            page += n
+        return page
+
+    def _read_around(self, page: int) -> None:
+        inode = self.inode
+        if page >= inode.pages:
+            raise GuestError(
+                f"SIGBUS: page {page} of a mapping of {inode.path} is beyond the file's end, {inode.size} bytes"
+            )
+        self._kernel.vmstat["pgmajfault"] += 1
+        inode.read_around(Window(max(page - RA_PAGES // 2, 0), RA_PAGES, RA_PAGES // 4), page)
+
+    def _accessed(self, first: int, end: int) -> None:
+        cached = Ranges()
+        for gfn, count, key in self._ranges(first, end):
+            page = key - self._key
+            if self._cached[page : page + count].tobytes().count(1) == count:
+                cached.add(gfn, count, 0)
+                continue
+            for k in range(count):
+                if self._cached[page + k]:
+                    cached.add(gfn + k, 1, 0)
+        if len(cached):
+            self._kernel.memmap.map(cached, 0, young=True)
+
+    def _own(self, first: int, end: int) -> int:
+        # do_cow_fault(): pages of the process's own, copied from the cache's. Returns where it stopped.
+        kernel, inode = self._kernel, self.inode
+        page = first
+        while page < end and self._frame[page] and not self._cached[page]:
+            page += 1
+        if page > first:
+            return page
+        while page < end and not (self._frame[page] and not self._cached[page]):
+            page += 1
+        if page > inode.pages:
+            page = max(inode.pages, first + 1)
+        # The frames first: what is looked up in the cache after this isn't reclaimed before it is copied.
+        runs = kernel.alloc_frames(page - first, process=self.process)
+        frames = array("I")
+        for frame, count, step in runs:
+            frames.extend(range(frame, frame + step * count, step))
+        done = 0
+        try:
+            while done < len(frames):
+                n, sources, _ = inode.space.lookup(first + done, len(frames) - done)
+                if not n:
+                    self._read_around(first + done)
+                    continue
+                copies, at = Ranges(), done
+                for gfn, count, _index in sources:
+                    for k in range(count):
+                        copies.add(frames[at + k], 1, gfn + k)
+                    at += count
+                kernel.memory.vcpu(Op.COPY, copies)
+                done += n
+        except BaseException as error:
+            kernel.free_after_failure([(frame, 1) for frame in frames], error)
+            raise
+        if not done:
+            raise OutOfMemory(
+                f"process {self.process.pid} ({self.process.name}) found no frame to copy page {first} of {inode.path}",
+                order=0,
+                wanted=page - first,
+                free=kernel.free_bytes // FRAME_SIZE,
+            )
+        self.unmap_file_pages(first, first + done)
+        self._frame[first : first + done] = memoryview(array("I", [frame + 1 for frame in frames]))
+        self.present += done
+        kernel.vmstat["pgfault"] += done
+        return first + done
+
+    # ---- giving back
+
+    def unmap_file_pages(self, first: int, end: int) -> None:
+        """Take the cache's pages among [first, end) out of the page table; the process's own copies stay."""
+        end = min(end, self.pages)
+        gone = Ranges()
+        for page in range(first, end):
+            if self._cached[page]:
+                gone.add(self._frame[page] - 1, 1, 0)
+                self._cached[page] = 0
+                self._frame[page] = 0
+        if len(gone):
+            self.present -= len(gone)
+            self._kernel.memmap.map(gone, -1, young=False)
+
+    def _zap(self, first: int, end: int) -> None:
+        self.unmap_file_pages(first, end)
+        super()._zap(first, end)
+
+    @in_kernel
+    def munmap(self, offset: int | str = 0, length: int | str | None = None) -> None:
+        """Unmap all, or a part."""
+        super().munmap(offset, length)
+        if not self._mapped and self in self.inode.mappings:
+            self.inode.mappings.remove(self)
+            self._kernel.vfs.unmapped(self.inode)

@@ -1,0 +1,257 @@
+"""The file system layer: mounted disks, the inodes that are in memory, opening, names, drop_caches.
+
+An inode is in memory while somebody has it open, or maps it, or has pages of it cached, or it is dirty. One file of the
+disk is one inode, by (disk, device, inode number), whatever its names. Between opens no file of the host is held open
+for it: at the next open its size and its time of change are compared with the disk's (as network file systems do), and
+what was changed there is read anew.
+
+drop_caches (fs/drop_caches.c): 1 frees the clean, unlocked, unmapped pages of all inodes, 2 lets go of inodes that are
+there for nothing (the slab of a guest without slab pages), 3 does both, 4 only stops Linux's log message. Then the
+per-CPU lists are drained, which is seen of real guests: what was freed reaches the buddy, and free page reporting.
+"""
+
+import errno
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from emu.errors import BadValue, GuestError, GuestIOError
+from emu.guest.file import File
+from emu.guest.inode import Inode
+from emu.units import format_size
+from emu.virtio.disk import DirEntry, Disk, DiskFile
+
+if TYPE_CHECKING:
+    from emu.guest.kernel import GuestKernel
+
+__all__ = ["Vfs"]
+
+#: mode -> (for writing, created if missing, must be new, emptied)
+_MODES = {
+    "r": (False, False, False, False),
+    "r+": (True, False, False, False),
+    "w": (True, True, False, True),
+    "w+": (True, True, False, True),
+    "x": (True, True, True, False),
+    "a": (True, True, False, False),
+}
+_MAX_SIZE = 1 << 43  # a page's index has 32 bits
+
+
+class Vfs:
+    """A guest's mounts and inodes."""
+
+    def __init__(self, kernel: "GuestKernel") -> None:
+        self._kernel = kernel
+        self._mounts: dict[str, Disk] = {}
+        self.inodes: dict[tuple[int, int, int], Inode] = {}
+        #: by the space's number: whose page a frame is
+        self._by_space: dict[int, Inode] = {}
+
+    # ---- mounts and names
+
+    def mount(self, disk: Disk, at: str = "") -> None:
+        """Mount a disk: its files are at `at`/..., or, for "", at the root."""
+        at = at.strip("/")
+        if at in self._mounts:
+            raise GuestError(f"something is mounted at {at or '/'!r} already")
+        self._mounts[at] = disk
+
+    @property
+    def disks(self) -> list[Disk]:
+        """What is mounted."""
+        return list(self._mounts.values())
+
+    def _resolve(self, path: str) -> tuple[Disk, str]:
+        # the longest mount point that the path begins with
+        if not isinstance(path, str):
+            raise BadValue(f"path {path!r} isn't text")
+        head = path.strip("/")
+        while True:
+            if head in self._mounts:
+                return self._mounts[head], path.strip("/")[len(head) :].strip("/")
+            if not head:
+                break
+            head = head.rpartition("/")[0]
+        if not self._mounts:
+            raise GuestError("this guest has no disk: Machine(disk=...)")
+        raise GuestIOError(errno.ENOENT, path, "nothing is mounted there")
+
+    @staticmethod
+    def _error(error: OSError, path: str, what: str) -> GuestIOError:
+        code = error.errno or errno.EIO
+        if code == errno.EXDEV:
+            what += ": the path leads out of the disk"
+        return GuestIOError(code, path, what)
+
+    def _find(self, path: str, *, write: bool, create: bool, exclusive: bool) -> Inode:
+        disk, inside = self._resolve(path)
+        try:
+            file = disk.open(inside, write=write or create, create=create, exclusive=exclusive)
+        except OSError as error:
+            raise self._error(error, path, "opening it failed") from error
+        key = (id(disk), *file.key)
+        inode = self.inodes.get(key)
+        if inode is None:
+            inode = self.inodes[key] = Inode(self._kernel, path, file)
+            inode.cache_key = key
+            self._by_space[inode.space.id] = inode
+            return inode
+        inode.revalidate(file)
+        inode.path = path
+        if inode.file is None or (file.writable and not inode.file.writable):
+            inode.file, file = file, inode.file
+        if file is not None:
+            file.close()
+        return inode
+
+    def open(self, path: str, mode: str = "r") -> File:
+        """Open a file. mode: r, r+, w (or w+: emptied), x (must be new), a (made if missing). All are binary."""
+        try:
+            write, create, exclusive, empty = _MODES[mode.replace("b", "")]
+        except KeyError:
+            raise BadValue(f"mode {mode!r} isn't one of {', '.join(_MODES)}") from None
+        inode = self._find(path, write=write, create=create, exclusive=exclusive)
+        file = File(self._kernel, inode, writable=write)
+        if empty and inode.size:
+            try:
+                inode.truncate(0)
+            except BaseException:
+                file.close()
+                raise
+        return file
+
+    def reopen(self, inode: Inode) -> DiskFile:
+        """Return an open file of the host for an inode that nobody has open, to write its pages."""
+        disk, inside = self._resolve(inode.path)
+        try:
+            file = disk.open(inside, write=inode.space.nr_dirty > 0)
+        except OSError as error:
+            raise inode.error(error.errno or errno.EIO, "opening it again failed") from error
+        if file.key != inode.key:
+            file.close()
+            raise inode.error(errno.ESTALE, "another file has its name now")
+        return file
+
+    def closed(self, inode: Inode) -> None:
+        """One open file of an inode is closed."""
+        inode.openers -= 1
+        self._release(inode)
+
+    def _release(self, inode: Inode) -> None:
+        if inode.openers or inode.mappings:
+            return
+        if inode.unlinked:
+            inode.drop()
+        if inode.file is not None:
+            inode.file.close()
+            inode.file = None
+        if not inode.space.nr_pages:
+            self._forget(inode)
+
+    def unmapped(self, inode: Inode) -> None:
+        """A mapping of an inode is gone."""
+        self._release(inode)
+
+    def written(self, inode: Inode) -> None:
+        """The flusher has done with an inode for now: if nobody has it open, its file needn't be."""
+        if not inode.openers and not inode.mappings and inode.file is not None:
+            inode.file.close()
+            inode.file = None
+
+    def _forget(self, inode: Inode) -> None:
+        del self.inodes[inode.cache_key]
+        self._by_space.pop(inode.space.id, None)
+        self._kernel.writeback.cleaned(inode)
+        if inode.file is not None:
+            inode.file.close()
+            inode.file = None
+        inode.space.close()
+
+    def unlink(self, path: str) -> None:
+        """Remove a name. The pages go when nobody has the file open or mapped."""
+        disk, inside = self._resolve(path)
+        inode = None
+        try:
+            file = disk.open(inside)
+            inode = self.inodes.get((id(disk), *file.key))
+            file.close()
+            disk.unlink(inside)
+        except OSError as error:
+            raise self._error(error, path, "unlinking it failed") from error
+        if inode is not None:
+            inode.unlinked = True
+            self._release(inode)
+
+    def listdir(self, path: str = "") -> list[DirEntry]:
+        """Return the names in a directory."""
+        disk, inside = self._resolve(path)
+        try:
+            return list(disk.listdir(inside))
+        except OSError as error:
+            raise self._error(error, path or "/", "listing it failed") from error
+
+    def walk(self, path: str = "") -> Iterator[tuple[str, int]]:
+        """Yield (path, bytes) of all regular files below a directory, in the order of their names."""
+        for entry in self.listdir(path):
+            name = f"{path}/{entry.name}" if path else entry.name
+            if entry.is_dir:
+                try:
+                    yield from self.walk(name)
+                except GuestIOError as error:
+                    if error.errno != errno.EACCES:
+                        raise
+            else:
+                yield name, entry.size
+
+    @staticmethod
+    def check_size(inode: Inode, size: int) -> None:
+        """Raise GuestIOError (EFBIG) for a size that no file can have."""
+        if size > _MAX_SIZE:
+            raise inode.error(errno.EFBIG, f"a file of {format_size(size)} can't be cached")
+
+    # ---- memory
+
+    def inode_of(self, space: int) -> Inode:
+        """Return the inode that a space belongs to."""
+        return self._by_space[space]
+
+    def drop_caches(self, what: int) -> int:
+        """Do what a write to /proc/sys/vm/drop_caches does; return how many pages were freed."""
+        if what not in (1, 2, 3, 4) or isinstance(what, bool):
+            raise BadValue(f"drop_caches {what!r} must be 1 (page cache), 2 (inodes), 3 (both) or 4")
+        freed = 0
+        if what & 1:
+            self._kernel.vmstat["drop_pagecache"] += 1
+            for inode in list(self.inodes.values()):
+                freed += inode.invalidate()
+            self._kernel.vmstat["drop_pagecache_pages"] += freed
+        if what & 2:
+            self._kernel.vmstat["drop_slab"] += 1
+            for inode in list(self.inodes.values()):
+                self._release(inode)
+        if what != 4:
+            self._kernel.drain_pages()
+        return freed
+
+    def sync(self) -> None:
+        """Write all dirty pages of all files and wait for the disks (sync). Raises the first GuestIOError, after
+        all."""
+        first: GuestIOError | None = None
+        for inode in self._kernel.writeback.dirty_inodes():
+            try:
+                inode.sync()
+            except GuestIOError as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+    def close(self) -> None:
+        """Let go of everything, unwritten: the machine is gone. Nothing of the host's stays open."""
+        for inode in self.inodes.values():
+            if inode.file is not None:
+                inode.file.close()
+        self.inodes.clear()
+        self._by_space.clear()
+        for disk in self._mounts.values():
+            disk.close()
+        self._mounts.clear()
