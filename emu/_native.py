@@ -8,6 +8,7 @@ the memory (MADV_DONTFORK) nor the fault service.
 import errno
 import mmap
 import os
+import threading
 from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -75,6 +76,30 @@ def content(seed: int, key: int) -> bytes:
     return bytes(ffi.buffer(words))
 
 
+_RANGES = ffi.typeof("struct emu_range[]")
+_SMALL = 64 << 10  # bytes
+
+
+class _Scratch(threading.local):
+    # What short calls need, one a thread: made anew, each of these takes as long as the call.
+    def __init__(self) -> None:
+        self.progress = ffi.new("struct emu_progress *")
+        self.bytes = ffi.new("char[]", _SMALL)
+        self.buffer = ffi.buffer(self.bytes)
+
+
+_scratch = _Scratch()
+_fork_generation = object()
+
+
+def _forked() -> None:
+    global _fork_generation  # noqa: PLW0603
+    _fork_generation = object()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 def _cell() -> Any:
     # Where the core puts a region's handle: owned before there is one, so that no interrupt can come in between.
     # Freed with
@@ -101,6 +126,7 @@ class Region:
     def __init__(self, frames: int) -> None:
         self.frames = frames
         self._pid = os.getpid()
+        self._generation = _fork_generation
         self._closed = False
         self._cell = _cell()
 
@@ -203,13 +229,22 @@ class Region:
             raise self._failed(err, job.progress)
         return list(bad[: job.bad_count]) if bad is not None else []
 
-    def read(self, gpa: int, n: int) -> bytearray:
-        buffer = bytearray(n)
-        progress = ffi.new("struct emu_progress *")
-        err = self._call(lib.emu_guest_read, gpa, ffi.from_buffer(buffer), n, progress)
-        if err:
-            raise self._failed(err, progress)
-        return buffer
+    def read(self, gpa: int, n: int) -> bytes:
+        if self._generation is not _fork_generation or self._closed:
+            self.check()
+        scratch = _scratch
+        if n <= _SMALL:
+            err = lib.emu_guest_read(self._cell[0], gpa, scratch.bytes, n, scratch.progress)
+            if not err:
+                return scratch.buffer[:n]  # type: ignore[no-any-return]
+        else:
+            buffer = bytearray(n)
+            err = lib.emu_guest_read(self._cell[0], gpa, ffi.from_buffer(buffer), n, scratch.progress)
+            if not err:
+                return bytes(buffer)
+        if err == -errno.ESHUTDOWN:
+            raise ClosedError("this guest RAM is closed")
+        raise self._failed(err, scratch.progress)
 
     def write(self, gpa: int, data: Any) -> None:
         with memoryview(data).cast("B") as view, ffi.from_buffer(view) as buffer:
@@ -221,9 +256,9 @@ class Region:
     def copyv(self, ranges: Ranges, skip: int, buffer: Any, write: bool) -> None:
         """Copy between a buffer (bytes-like; writable for a read) and the ranges' frames from byte `skip` of them
         on."""
-        progress = ffi.new("struct emu_progress *")
-        with ffi.from_buffer("uint8_t[]", buffer, require_writable=not write) as data:
-            flat = ffi.from_buffer("struct emu_range[]", ranges.flat)
+        progress = _scratch.progress
+        with ffi.from_buffer(buffer, require_writable=not write) as data:
+            flat = ffi.from_buffer(_RANGES, ranges.flat)
             err = self._call(lib.emu_guest_copyv, flat, len(ranges), skip, data, len(data), write, progress)
         if err:
             raise self._failed(err, progress)

@@ -234,8 +234,9 @@ class GuestRam:
 
     def read(self, gpa: int, n: int) -> bytes:
         """Return n bytes from guest physical address gpa."""
-        self._check_bytes(gpa, n)
-        return bytes(self._core.read(gpa, n))
+        if gpa < 0 or n < 0 or gpa + n > self.size:
+            self._check_bytes(gpa, n)
+        return self._core.read(gpa, n)
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Write data at guest physical address gpa; whole missing frames are installed, not faulted."""

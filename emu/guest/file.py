@@ -68,6 +68,10 @@ class File:
             offset, n = parse_size(offset, "offset"), parse_size(n, "length")
         if offset < 0 or n < 0:
             raise BadValue(f"offset {offset!r} and length {n!r} must be 0 or more")
+        if offset & 0xFFF <= 4096 - n and 0 < n <= self.inode.size - offset:
+            data = self.inode.read_within(offset, n, self.readahead)
+            if data is not None:
+                return data
         buffer = bytearray(max(min(n, self.inode.size - offset), 0))
         done = self.inode.read(offset, memoryview(buffer), self.readahead)
         return bytes(buffer) if done == len(buffer) else bytes(buffer[:done])

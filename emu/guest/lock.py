@@ -18,18 +18,18 @@ class KernelLock:
     """A reentrant lock that is free in a forked child, where its holder may not exist."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         _locks.add(self)
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        self.lock.acquire()
 
     def __exit__(self, *exception: object) -> None:
-        self._lock.release()
+        self.lock.release()
 
     def renew(self) -> None:
         """Forget who holds it."""
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
 
 _locks: "weakref.WeakSet[KernelLock]" = weakref.WeakSet()
@@ -58,7 +58,7 @@ def in_kernel(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
 
     @functools.wraps(method)
     def locked(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self.kernel_lock:
+        with self.kernel_lock.lock:  # not the object: its methods are Python, and this is every call's way in
             return method(self, *args, **kwargs)
 
     return locked

@@ -114,6 +114,7 @@ class Shrunk:
     deactivated: int
 
 
+_RANGES = ffi.typeof("struct emu_range[]")
 _MARKER = lib.EMU_LOOKUP_MARKER
 _RUNS = 1024  # of one lookup: four mebibytes in the worst case
 _FLAGS = ~0 & 0xFFF  # what PageFlag names
@@ -148,7 +149,7 @@ class MemMap:
         self.stats = self.native.stats
         # room for the answers of lookups
         self._flat = array("Q", bytes(24 * _RUNS))
-        self.runs = ffi.from_buffer("struct emu_range[]", self._flat)
+        self.runs = ffi.from_buffer(_RANGES, self._flat)
         self.nr_runs = ffi.new("size_t *")
         self._shrink = ffi.new("struct emu_shrink *")
         self._aging = ffi.new("struct emu_aging *")
@@ -160,19 +161,19 @@ class MemMap:
 
     def use(self, ranges: Ranges, owner: Owner) -> None:
         """Frames just allocated are somebody's (ANON, SHMEM, BALLOON, HINTED)."""
-        flat = ffi.from_buffer("struct emu_range[]", ranges.flat)
+        flat = ffi.from_buffer(_RANGES, ranges.flat)
         _check(lib.emu_pages_use(self.native, flat, len(ranges), owner), f"frames can't become {owner.name}")
 
     def release(self, ranges: Ranges) -> None:
         """Frames about to be freed are nobody's: off their lists."""
-        flat = ffi.from_buffer("struct emu_range[]", ranges.flat)
+        flat = ffi.from_buffer(_RANGES, ranges.flat)
         _check(
             lib.emu_pages_release(self.native, flat, len(ranges)), "a frame that is freed is still in the page cache"
         )
 
     def map(self, ranges: Ranges, delta: int, *, young: bool) -> None:
         """Add to the frames' map counts; young: they are accessed by it."""
-        flat = ffi.from_buffer("struct emu_range[]", ranges.flat)
+        flat = ffi.from_buffer(_RANGES, ranges.flat)
         _check(lib.emu_pages_map(self.native, flat, len(ranges), delta, young), "more unmapped than was mapped")
 
     def look(self, pfn: int) -> PageInfo:
@@ -275,6 +276,16 @@ class Space:
         n = lib.emu_space_lookup(self._map, self.native, first, count, how, self._runs, _RUNS, self._nr_runs)
         return n & ~_MARKER, self._memmap.found(), n & _MARKER != 0
 
+    def frame(self, index: int, how: Lookup | int) -> int:
+        """Return the frame of one page; -1: it isn't cached. ~frame, which is negative too: it has the readahead flag.
+
+        A lookup without ranges. (Frame 0 with the flag is -1, and so looked up again: nothing is lost.)
+        """
+        n = lib.emu_space_lookup(self._map, self.native, index, 1, how, self._runs, 1, self._nr_runs)
+        if n == 1:
+            return self._runs[0].gfn  # type: ignore[no-any-return]
+        return ~int(self._runs[0].gfn) if n else -1
+
     def cached(self, first: int, count: int) -> int:
         """Return how many pages in a row from `first` are cached, at most count."""
         return int(lib.emu_space_lookup(self._map, self.native, first, count, 0, ffi.NULL, 0, self._nr_runs))
@@ -286,7 +297,7 @@ class Space:
 
     def insert(self, ranges: Ranges, how: Insert = Insert.CLEAN) -> None:
         """Put frames in as the pages at their keys."""
-        flat = ffi.from_buffer("struct emu_range[]", ranges.flat)
+        flat = ffi.from_buffer(_RANGES, ranges.flat)
         _check(lib.emu_space_insert(self._map, self.native, flat, len(ranges), how), "a page or frame is taken")
 
     def remove(self, first: int, end: int, how: Remove) -> "array[int]":
