@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError
 from rich.console import Console
 
 from emu import __version__
-from emu.cli import bench, doctor, run
+from emu.cli import bench, compare, doctor, run
 from emu.errors import BadValue, EmuError
 
 __all__ = ["app", "main"]
@@ -26,6 +26,7 @@ app = App(
 )
 app.command(doctor.doctor)
 app.command(run.app)
+app.command(compare.compare)
 app.command(bench.bench)
 
 

@@ -18,6 +18,10 @@ from emu.observe.result import RunResult
 from emu.report.table import print_run
 from emu.units import format_size, parse_ram_size
 from emu.workloads import Workload
+from emu.workloads.build import Build
+from emu.workloads.cache import Cache
+from emu.workloads.fio import Fio
+from emu.workloads.grep import Grep
 from emu.workloads.load import Load
 from emu.workloads.memhog import Memhog
 from emu.workloads.page_fault import PageFault, PageFault1, PageFault2
@@ -222,11 +226,117 @@ def load(*, path: str, hold: str = "40s", common: Common | None = None) -> int:
     common = common or Common()
     workload = Load(path, hold)
     result = _run(workload, common)
-    for what, paths in (
-        ("unreadable, left out", workload.unreadable),
-        ("changed on the disk meanwhile", workload.changed),
-        ("gone from the disk meanwhile", workload.gone),
-    ):
-        if paths:
-            result.notes.append(f"{len(paths)} files {what}: {paths[0]}{' ...' if len(paths) > 1 else ''}")
     return _finish(result, common)
+
+
+@app.command
+def cache(
+    *,
+    path: str,
+    working_set: float = 0.2,
+    every: str = "5s",
+    hold: str = "150s",
+    memory: Size = "64MiB",
+    common: Common | None = None,
+) -> int:
+    """Read a real tree, go on using part of it, and read all of it again; every byte is compared with the file.
+
+    Parameters
+    ----------
+    path
+        A directory of this host; it is only read.
+    working_set
+        The share of it that is read every few seconds; 0: the guest is idle.
+    every
+        Guest time between two readings of the working set.
+    hold
+        Guest time that it is used, after each reading of everything.
+    memory
+        Anonymous memory that the guest holds besides.
+    """
+    common = common or Common()
+    workload = Cache(path, working_set, every=every, hold=hold, memory=memory, seed=common.seed)
+    return _finish(_run(workload, common), common)
+
+
+@app.command
+def grep(
+    *, path: str, pattern: str = "include", passes: Whole = 1, hold: str = "60s", common: Common | None = None
+) -> int:
+    """Search every file of a tree for a text; the matches are compared with those in the files themselves.
+
+    Parameters
+    ----------
+    path
+        A directory of this host; it is only read.
+    pattern
+        What to search for, as it stands.
+    passes
+        How often.
+    hold
+        Guest time to wait at the end.
+    """
+    common = common or Common()
+    return _finish(_run(Grep(path, pattern, passes, hold), common), common)
+
+
+@app.command
+def build(
+    *,
+    path: str | None = None,
+    jobs: Whole = 100,
+    memory: Size = "32MiB",
+    hold: str = "60s",
+    common: Common | None = None,
+) -> int:
+    """The shape of a compiler run: short processes, sources read, objects written, a link, clean, and idle.
+
+    Parameters
+    ----------
+    path
+        A directory of this host with sources, which are only read; made up without it.
+    jobs
+        How many processes.
+    memory
+        Anonymous memory of the largest.
+    hold
+        Guest time to wait after the link, and after clean.
+    """
+    common = common or Common()
+    return _finish(_run(Build(path, jobs, memory, hold=hold, seed=common.seed), common), common)
+
+
+@app.command
+def fio(
+    *,
+    size: Size = "256MiB",
+    block: Size = "4KiB",
+    ops: Whole = 20000,
+    reads: float = 0.7,
+    zipf: float = 0.0,
+    hold: str = "60s",
+    folder: str | None = None,
+    common: Common | None = None,
+) -> int:
+    """Random reads and writes of blocks over one large file, checked in the guest and on the disk.
+
+    Parameters
+    ----------
+    size
+        Of the file.
+    block
+        Of an operation.
+    ops
+        How many.
+    reads
+        The share of reads.
+    zipf
+        How uneven: 0 draws all blocks alike, 1 and more some far more often.
+    hold
+        Guest time to wait at the end.
+    folder
+        Where on this host the file is made, and removed again; the system's temporary folder by default.
+    """
+    common = common or Common()
+    workload = Fio(size, block, ops, reads=reads, zipf=zipf, hold=hold, folder=folder, seed=common.seed)
+    return _finish(_run(workload, common), common)

@@ -105,10 +105,10 @@ class Inode:
         """Return the error of a system call on this file."""
         return GuestIOError(code, self.path, what, offset=offset)
 
-    def disk_file(self) -> DiskFile:
-        """Return the open file on the disk; opens it again if need be."""
-        if self.file is None:
-            self.file = self._kernel.vfs.reopen(self)
+    def disk_file(self, *, write: bool = False) -> DiskFile:
+        """Return the open file on the disk; opens it again if need be. Raises GuestIOError."""
+        if self.file is None or (write and not self.file.writable):
+            self.file = self._kernel.vfs.reopen(self, write=write)
         return self.file
 
     # ---- reading
@@ -344,7 +344,7 @@ class Inode:
         """Cut or extend it, here and on the disk (vfs truncate). Raises GuestIOError."""
         self._kernel.vfs.check_size(self, size)
         try:
-            self.disk_file().truncate(size)
+            self.disk_file(write=True).truncate(size)
         except OSError as error:
             raise self.error(error.errno or errno.EIO, f"truncating it to {size} bytes failed") from error
         self.disk_size, self.changed = self.disk_file().version()
@@ -443,7 +443,7 @@ class Inode:
         space.flag(index, index + n, PageFlag.WRITEBACK, PageFlag.DIRTY)
         try:
             self._kernel.memory.readv(frames, 0, data)
-            self.disk_file().write(start, data)
+            self.disk_file(write=True).write(start, data)
         except BaseException as error:
             space.flag(index, index + n, PageFlag.DIRTY, PageFlag.WRITEBACK)
             if not isinstance(error, OSError):

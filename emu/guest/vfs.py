@@ -120,16 +120,18 @@ class Vfs:
                 raise
         return file
 
-    def reopen(self, inode: Inode) -> DiskFile:
-        """Return an open file of the host for an inode that nobody has open, to write its pages."""
+    def reopen(self, inode: Inode, *, write: bool) -> DiskFile:
+        """Return an open file of the host for an inode that has none, or one for reading only."""
         disk, inside = self._resolve(inode.path)
         try:
-            file = disk.open(inside, write=inode.space.nr_dirty > 0)
+            file = disk.open(inside, write=write)
         except OSError as error:
             raise inode.error(error.errno or errno.EIO, "opening it again failed") from error
         if file.key != inode.key:
             file.close()
             raise inode.error(errno.ESTALE, "another file has its name now")
+        if inode.file is not None:
+            inode.file.close()
         return file
 
     def closed(self, inode: Inode) -> None:

@@ -7,7 +7,9 @@ what the guest used.
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from emu.observe.pagemap import LABELS
 from emu.observe.snapshot import FaultView, Snapshot
+from emu.units import FRAME_SIZE
 
 __all__ = ["SCHEMA", "Measure", "Phase", "RunResult"]
 
@@ -27,6 +29,14 @@ class Phase:
     rss_bytes: int
     lazyfree_bytes: int
     footprint_bytes: int
+    guest_ballooned_bytes: int
+    #: since the machine started
+    disk_read_bytes: int
+    disk_written_bytes: int
+    refaults: int
+    #: bytes by stage, and along each arrow (from, to, bytes) since the machine started
+    stages: dict[str, int]
+    flows: tuple[tuple[str, str, int], ...]
 
     @classmethod
     def of(cls, name: str, s: Snapshot) -> "Phase":
@@ -41,6 +51,12 @@ class Phase:
             rss_bytes=s.rss_bytes,
             lazyfree_bytes=s.lazyfree_bytes,
             footprint_bytes=s.footprint_bytes,
+            guest_ballooned_bytes=s.guest_ballooned_bytes,
+            disk_read_bytes=s.counters["disk_read_bytes"],
+            disk_written_bytes=s.counters["disk_written_bytes"],
+            refaults=s.counters["guest_workingset_refault_file"],
+            stages={LABELS[stage]: size for stage, size in s.stages.items()},
+            flows=tuple((LABELS[f.source], LABELS[f.target], f.frames * FRAME_SIZE) for f in s.flows),
         )
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from rich.text import Text
 
+from emu.observe.pagemap import LABELS, Stage
 from emu.observe.snapshot import Snapshot
 from emu.report.cells import Cell, legend, map_rows
 from emu.report.curves import Series, plot
@@ -21,7 +22,7 @@ __all__ = ["MINUTE", "LiveState", "Sample", "compose", "map_cells", "plain_line"
 
 MINUTE = 60.0  # guest seconds that the curves show
 _RATE_OVER = 2.0  # guest seconds
-_FIXED = 12  # lines that are neither map nor events
+_FIXED = 14  # lines that are neither map nor events
 
 KEYS = "q quit  space pause  +/- speed  s one pass  m mechanism  ? help"
 HELP = """\
@@ -37,6 +38,8 @@ are, small when it is mixed (a comma for a dot). What the host doesn't hold
 is a dot, whoever has it in the guest.
 RSS and LazyFree are the kernel's. RSS~: with more than 512 MiB of pages,
 asked where something may have changed, and in rotation elsewhere.
+Under the map: the stages in the order in which memory goes, and what went
+from one to the next (and to others, in the line below), MiB a guest second.
 flagged: free memory with the Reported flag, which lasts until it is used.
 books: RSS minus what our frame states say. It must be 0.
 Rates are per guest second, over the last two. Latencies are of one fault
@@ -56,6 +59,8 @@ class Sample:
     faults: int
     reports: int
     returned: int
+    #: frames that have gone along each arrow of the chain
+    flows: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, s: Snapshot) -> "Sample":
@@ -68,6 +73,7 @@ class Sample:
             counters["pgfault"],
             counters.get("reports", 0),
             counters["discard_frames"] * 4096,
+            tuple(flow.frames for flow in s.flows),
         )
 
 
@@ -126,6 +132,10 @@ class LiveState:
             per_second(last.faults, first.faults),
             per_second(last.reports, first.reports),
             per_second(last.returned, first.returned),
+            # after a switch of the mechanism the arrows are others
+            tuple(per_second(new, old) for new, old in zip(last.flows, first.flows, strict=False))
+            if len(last.flows) == len(first.flows)
+            else (),
         )
 
 
@@ -280,6 +290,58 @@ def _blocks(s: Snapshot) -> list[tuple[str, str]]:
     ]
 
 
+#: on the chain's line there is room for short names only
+_SHORT_LABELS = {
+    Stage.ANONYMOUS: "anon",
+    Stage.WRITEBACK: "wb",
+    Stage.ACTIVE: "act",
+    Stage.INACTIVE: "inact",
+    Stage.PCP: "pcp",
+    Stage.HOST_OWNED: "host",
+    Stage.BALLOONED: "balloon",
+}
+
+
+def _name(stage: Stage) -> str:
+    return _SHORT_LABELS.get(stage, LABELS[stage])
+
+
+def _mib_rate(frames: int | None) -> str:
+    return "-" if frames is None else f"{frames * 4096 / (1 << 20):.1f}"
+
+
+_NO_ARROW = -1
+
+
+def _drawn(frames: int | None, arrow: str) -> str:
+    # an arrow, and what goes along it, if anything does
+    if frames == _NO_ARROW:
+        return ""
+    return f" {arrow}" if frames == 0 else f" {arrow}{_mib_rate(frames)}"
+
+
+def _chain(state: LiveState, s: Snapshot) -> list[Text]:
+    # Two lines: the stages with what flows between neighbours, and the arrows between others that carry something.
+    rates = state.rates()
+    known = rates is not None and len(rates.flows) == len(s.flows)
+    flows: dict[tuple[Stage, Stage], int | None] = {
+        (flow.source, flow.target): rates.flows[i] if rates is not None and known else None
+        for i, flow in enumerate(s.flows)
+    }
+    right, left = ("→", "←") if state.unicode else (">", "<")
+    parts: list[tuple[str, str]] = []
+    for i, stage in enumerate(s.chain):
+        if i:
+            before = s.chain[i - 1]
+            there, back = flows.pop((before, stage), _NO_ARROW), flows.pop((stage, before), _NO_ARROW)
+            parts.append((_drawn(there, right) + _drawn(back, left) + " ", "yellow"))
+        parts.append((f" {_name(stage)} ", "dim"))
+        parts.append((_short(s.stages[stage]), "bold"))
+    others = [f"{_name(a)}{right}{_name(b)} {_mib_rate(n)}" for (a, b), n in flows.items() if n != 0]
+    text = "  ".join(others) if others else "nothing else flows"
+    return [_line(parts), _line([(f" {text}  (MiB/s of guest time)", "dim")])]
+
+
 def _panels(columns: Sequence[tuple[int, Sequence[tuple[str, str]]]], lines: int) -> list[Text]:
     result = []
     for i in range(lines):
@@ -328,6 +390,7 @@ def compose(state: LiveState, width: int, height: int) -> list[Text]:
         for (char, style), what in [] if s.page_map is None else legend(s.page_map):
             parts += [(f" {char}", style), (f" {what} ", "dim")]
         lines.append(_line(parts))
+        lines += _chain(state, s)
         third = width * 27 // 80
         columns = [(width * 29 // 80, s.panel), (third, _rates(state, s))]
         columns.append((width - sum(w for w, _ in columns), _blocks(s)))

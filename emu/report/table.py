@@ -38,6 +38,13 @@ def _foot(result: RunResult) -> list[str]:
         f"{result.verified_frames:,} frames checked, {result.corrupt_frames} wrong; "
         f"{result.counters['pgfault']:,} faults, {result.counters['discard_frames']:,} frames discarded",
     ]
+    disk = {name: result.counters.get(f"disk_{name}_bytes", 0) for name in ("read", "written", "direct", "buffered")}
+    if disk["read"] or disk["written"]:
+        lines.append(
+            f"disk: {mib_text(disk['read'])} MiB read, {mib_text(disk['written'])} written; past the host's cache "
+            f"(O_DIRECT) {mib_text(disk['direct'])}, through it and dropped behind {mib_text(disk['buffered'])}; "
+            f"{result.counters['guest_workingset_refault_file']:,} refaults"
+        )
     if pcp:
         lines.append(
             f"per-CPU lists hold {mib_text(pcp)} MiB at the end: freed, but out of reporting's sight (as in Linux)"
@@ -64,17 +71,44 @@ def _foot(result: RunResult) -> list[str]:
 _COLUMNS: dict[str, tuple[str, Callable[[Phase], str]]] = {
     "t": ("h:m:s", lambda p: seconds_text(p.t)),
     "used": ("MiB", lambda p: mib_text(p.guest_used_bytes)),
+    "cached": ("MiB", lambda p: mib_text(p.guest_cached_bytes)),
+    "free": ("MiB", lambda p: mib_text(p.guest_free_bytes)),
     "RSS": ("MiB", lambda p: mib_text(p.rss_bytes)),
     "LazyFree": ("MiB", lambda p: mib_text(p.lazyfree_bytes)),
     "footprint": ("MiB", lambda p: mib_text(p.footprint_bytes)),
     "bloat": ("x", lambda p: "-" if p.bloat is None else f"{p.bloat:.2f}"),
+    "read": ("MiB", lambda p: mib_text(p.disk_read_bytes)),
 }
-_EXPENDABLE = ("LazyFree", "footprint", "bloat", "t")
+_EXPENDABLE = ("LazyFree", "free", "footprint", "bloat", "t", "read")
+
+
+def _unused(phases: list[Phase]) -> set[str]:
+    # columns that would be all zeros
+    unused = set()
+    if not any(p.lazyfree_bytes for p in phases):
+        unused.add("LazyFree")
+    if not any(p.guest_cached_bytes or p.disk_read_bytes for p in phases):
+        unused |= {"cached", "free", "read"}
+    return unused
+
+
+def stage_lines(phases: list[Phase]) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of MiB by stage, of the stages that ever held something; and between rows what flowed."""
+    names = [name for name in phases[0].stages if any(p.stages[name] for p in phases)]
+    return names, [[mib_text(p.stages[name]) for name in names] for p in phases]
+
+
+def flow_text(before: Phase | None, now: Phase) -> str:
+    """Return what went along the arrows between two phases, in MiB; arrows without any are left out."""
+    then = {} if before is None else {(a, b): size for a, b, size in before.flows}
+    moved = [(a, b, size - then.get((a, b), 0)) for a, b, size in now.flows]
+    return ", ".join(f"{a} -> {b} {mib_text(size)}" for a, b, size in moved if size > 0)
 
 
 def print_run(result: RunResult, console: Console) -> None:
     """Print a result. A terminal that is too narrow loses columns, never digits; a file gets all of them."""
-    columns = dict(_COLUMNS)
+    unused = _unused(result.phases)
+    columns = {name: column for name, column in _COLUMNS.items() if name not in unused}
     rows: list[list[str]] = []
 
     def layout() -> int:
@@ -85,7 +119,7 @@ def print_run(result: RunResult, console: Console) -> None:
     for name in _EXPENDABLE:
         if not console.is_terminal or layout() <= console.width:
             break
-        del columns[name]
+        columns.pop(name, None)
     if not console.is_terminal:
         console.width = max(console.width, layout())
     layout()
@@ -98,5 +132,30 @@ def print_run(result: RunResult, console: Console) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    _print_chain(result.phases, console)
     for line in _foot(result):
         console.print(Text(line, style="dim"), soft_wrap=not console.is_terminal)
+
+
+def _print_chain(phases: list[Phase], console: Console) -> None:
+    # the stages of all frames at each phase, and what has flowed since the one before
+    names, rows = stage_lines(phases)
+    wide = max(len(p.name) for p in phases) + sum(
+        max(len(n), *(len(r[i]) for r in rows)) + 1 for i, n in enumerate(names)
+    )
+    if console.is_terminal and wide > console.width:
+        names = []
+    console.print()
+    if names:
+        table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="bold")
+        table.add_column("MiB by stage", no_wrap=True)
+        for i, name in enumerate(names):
+            table.add_column(name, justify="right", no_wrap=True, min_width=max(len(name), *(len(r[i]) for r in rows)))
+        for phase, row in zip(phases, rows, strict=True):
+            table.add_row(phase.name, *row)
+        console.print(table)
+    before = None
+    for phase in phases:
+        if text := flow_text(before, phase):
+            console.print(Text(f"until {phase.name}: {text} MiB", style="dim"), soft_wrap=not console.is_terminal)
+        before = phase

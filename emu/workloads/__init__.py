@@ -26,15 +26,23 @@ class Workload(Protocol):
     """One workload with its parameters."""
 
     name: ClassVar[str]
-    #: frames whose content was compared, and those that differed
-    verified_frames: int
-    corrupt_frames: int
+
+    @property
+    def verified_frames(self) -> int:
+        """Frames whose content was compared."""
+
+    @property
+    def corrupt_frames(self) -> int:
+        """Those of them that differed."""
 
     def steps(self, machine: Machine) -> Iterator[Step]:
         """Work on the machine's guest, yielding after each step."""
 
     def measures(self) -> dict[str, Measure]:
         """Return what it measured of itself, by name; called when it has ended."""
+
+    def notes(self) -> list[str]:
+        """Return what the result must say besides: files left out, and why."""
 
     def parameters(self) -> dict[str, Any]:
         """Return the parameters, for the result."""

@@ -112,6 +112,17 @@ class Load:
         if digest.digest() != file.digest:
             self.corrupt_frames += frames
 
+    def notes(self) -> list[str]:
+        return [
+            f"{len(paths)} files {what}: {paths[0]}{' ...' if len(paths) > 1 else ''}"
+            for what, paths in (
+                ("unreadable, left out", self.unreadable),
+                ("changed on the disk meanwhile", self.changed),
+                ("gone from the disk meanwhile", self.gone),
+            )
+            if paths
+        ]
+
     def measures(self) -> dict[str, Measure]:
         return {}
 

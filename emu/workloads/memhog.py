@@ -36,6 +36,9 @@ class Memhog:
     def parameters(self) -> dict[str, Any]:
         return {"size": self.size, "rounds": self.rounds, "hold": self.hold, "thp": self.thp}
 
+    def notes(self) -> list[str]:
+        return []
+
     def measures(self) -> dict[str, Measure]:
         return {}
 

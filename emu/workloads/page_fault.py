@@ -69,6 +69,10 @@ class PageFault:
                 f"the RAM has {format_size(ram_bytes)}"
             )
 
+    def notes(self) -> list[str]:
+        """Nothing."""
+        return []
+
     def prepare(self, machine: Machine) -> tuple[Process, RamFile | None]:
         """Return the process, and the file that it maps."""
         self.check_fits(machine.guest.ram_bytes)

@@ -115,6 +115,8 @@ def run(
     result.counters = last.counters
     result.faults = [view for view in (last.write_faults, last.read_faults) if view.samples]
     result.measures = workload.measures()
+    result.machine["disks"] = machine.describe()["disks"]
+    result.notes += workload.notes()
     result.notes += _notes(machine)
     if machine.mechanism is not first_mechanism:
         settings = ",".join(f"{key}={value}" for key, value in settings_of(machine.mechanism).items())

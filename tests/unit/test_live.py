@@ -47,10 +47,11 @@ def test_the_view_at_80_by_24(machine):
     for got, wanted in zip(seen[:3], picture, strict=True):
         assert got.replace(" tables 0.1", " tables 0.0").replace("footprint 16.1", "footprint 16.0") == wanted
     # which 16 MiB the guest took is the allocator's business; how many cells that is, isn't
-    cells = "".join(line.split(" │ ")[0] for line in seen[3:13])
+    cells = "".join(line.split(" │ ")[0] for line in seen[3:11])
     assert (cells.count("A"), cells.count(".")) == (64, 192)
     assert seen[3].endswith("━")
     assert any("A anonymous" in line and "F free, resident" in line and ". not resident" in line for line in seen)
+    assert seen[12] == " anon 16.0M  dirty 0  act 0 →- ←-  inact 0 →-  free 0 →-  host 48.0M"
     assert any(line.startswith(" worker requested, in 1.0 s") for line in seen)
     assert any("order 0-3" in line for line in seen)
     assert seen[-1] == " q quit  space pause  +/- speed  s one pass  m mechanism  ? help"
@@ -264,6 +265,9 @@ def test_a_run_that_is_stopped_counts_up_to_the_last_picture():
 
         def parameters(self):
             return {}
+
+        def notes(self):
+            return []
 
         def measures(self):
             return {}

@@ -1,0 +1,76 @@
+"""emu compare WORKLOAD: one workload under several mechanisms, each in a fresh process."""
+
+import json
+import subprocess
+import sys
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from emu.cli.command import again
+from emu.cli.output import Output
+from emu.errors import BadValue, EmuError
+from emu.mechanisms import MECHANISMS, make_mechanism
+from emu.report.compare import print_compare
+
+__all__ = ["compare"]
+
+SCHEMA = "emu.compare/1"
+
+
+def _run(words: list[str], mechanism: str) -> dict[str, Any]:
+    # a process each: what one leaves behind, in caches or in Python, isn't the next one's
+    command = [sys.executable, "-m", "emu", "run", *words, "-m", mechanism, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 2:
+        raise BadValue(done.stderr.strip().removeprefix("emu: "))
+    try:
+        result: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        raise EmuError(f"the run under {mechanism} ended with {done.returncode}: {done.stderr.strip()}") from None
+    result["label"] = mechanism
+    return result
+
+
+def compare(
+    workload: str,
+    *words: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    mechanism: Annotated[list[str] | None, Parameter(name=["--mechanism", "-m"])] = None,
+    as_json: Annotated[bool, Parameter(name="--json")] = False,
+) -> int:
+    """Run a workload under several mechanisms and print them side by side.
+
+    Parameters
+    ----------
+    workload
+        As of `emu run`: cache, grep, build, fio, memhog, load, page_fault1, page_fault2.
+    words
+        The workload's own flags and the common ones, as of `emu run WORKLOAD --help`.
+    mechanism
+        NAME[:key=value,...], once for each run; all of them by default. A name may come twice with other settings.
+    as_json
+        Print one JSON object: {"rows": [what `emu run --json` prints, with its label, ...]}.
+    """
+    chosen = mechanism or list(MECHANISMS)
+    for text in chosen:
+        make_mechanism(text)
+    if repeated := {text for text in chosen if chosen.count(text) > 1}:
+        raise BadValue(f"mechanism {min(repeated)!r} is named twice")
+    for flag in ("--live", "--json"):
+        if flag in words:
+            raise BadValue(f"{flag} isn't for a comparison")
+    status = Console(stderr=True, highlight=False)
+    rows = []
+    with status.status("starting") as line:
+        for i, text in enumerate(chosen, start=1):
+            line.update(f"{i} of {len(chosen)}: {workload} under {text}")
+            rows.append(_run([workload, *words], text))
+    if as_json:
+        print(json.dumps({"schema": SCHEMA, "command": again(), "rows": rows}, indent=2))
+    else:
+        print_compare(rows, again(), Output())
+    wrong = {row["label"]: row["corrupt_frames"] for row in rows if row["corrupt_frames"]}
+    if wrong:
+        raise EmuError("frames held wrong bytes: " + ", ".join(f"{n} under {label}" for label, n in wrong.items()))
+    return 0

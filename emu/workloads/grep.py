@@ -1,0 +1,114 @@
+"""grep: a guest searches every file of a tree, once or more.
+
+One pass over many files, each read from its start to its end: what fills a guest's memory with cache most often. The
+number of matches is compared with that of a search over the host's files themselves.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from emu.errors import BadValue
+from emu.machine import Machine
+from emu.observe.result import Measure
+from emu.units import FRAME_SIZE, parse_duration
+from emu.workloads import Step
+from emu.workloads.tree import Tree
+
+__all__ = ["Grep"]
+
+_PART = 128 << 10  # bytes a read, as coreutils have it
+
+
+class Grep:
+    """path: a directory of the host; pattern: what to search for, as it stands; passes; hold: guest seconds at the
+    end."""
+
+    name: ClassVar[str] = "grep"
+
+    def __init__(self, path: str | Path, pattern: str = "include", passes: int = 1, hold: float | str = 60.0) -> None:
+        if not pattern:
+            raise BadValue("pattern '' is empty: everything would match")
+        if not 1 <= passes <= 1000:
+            raise BadValue(f"passes {passes!r} must be from 1 to 1000")
+        self.tree = Tree(path)
+        self.pattern = pattern.encode()
+        self.passes = passes
+        self.hold = parse_duration(hold, "hold")
+        self.verified_frames = 0
+        self.corrupt_frames = 0
+        self.matches = 0
+        self.bytes = 0
+        self.seconds = 0.0
+
+    def parameters(self) -> dict[str, Any]:
+        return {
+            "path": str(self.tree.path),
+            "pattern": self.pattern.decode(),
+            "passes": self.passes,
+            "hold": self.hold,
+        }
+
+    def measures(self) -> dict[str, Measure]:
+        if not self.seconds:
+            return {}
+        return {
+            "grep": Measure(self.bytes / self.seconds / (1 << 20), "MiB/s", "read and searched by the guest"),
+            "matches": Measure(self.matches, "matches", f"of {self.pattern.decode()!r}, over all passes"),
+        }
+
+    def notes(self) -> list[str]:
+        return self.tree.notes()
+
+    def _count(self, parts: Iterator[bytes]) -> int:
+        found, tail, keep = 0, b"", len(self.pattern) - 1
+        for part in parts:
+            self.bytes += len(part)
+            data = tail + part
+            found += data.count(self.pattern)
+            # a match may lie across two reads; one that ends in the tail was counted
+            last = data.rfind(self.pattern)
+            tail = data[max(last + len(self.pattern), len(data) - keep, 0) :] if keep else b""
+        return found
+
+    def search(self, machine: Machine, path: str) -> int:
+        """Have the guest search one file; return the matches."""
+
+        def parts() -> Iterator[bytes]:
+            with machine.guest.open(path) as file:
+                at = 0
+                while part := file.read(at, _PART):
+                    at += len(part)
+                    yield part
+
+        return self._count(parts())
+
+    def _on_the_host(self, path: str) -> int:
+        with open(self.tree.path / path, "rb", buffering=0) as file:
+            before = self.bytes
+            found = self._count(iter(lambda: file.read(_PART), b""))
+            self.bytes = before
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return found
+
+    def steps(self, machine: Machine) -> Iterator[Step]:
+        tree = self.tree
+        tree.mount(machine)
+        yield Step("boot")
+        found: dict[str, int] = {}
+        for number in range(1, self.passes + 1):
+            start = time.perf_counter()
+            for file in tree.files:
+                found[file.path] = self.search(machine, file.path)
+            self.seconds += time.perf_counter() - start
+            self.matches += sum(found.values())
+            yield Step(f"pass {number}: {tree}")
+        for file in tree.files:
+            frames = -(-file.size // FRAME_SIZE)
+            self.verified_frames += frames
+            if self._on_the_host(file.path) != found[file.path]:
+                self.corrupt_frames += frames
+        if self.hold:
+            yield Step(f"{self.hold:g} s later", wait=self.hold)
