@@ -222,9 +222,15 @@ class FileMapping(Mapping):
 
     # ---- giving back
 
-    def unmap_file_pages(self, first: int, end: int) -> None:
-        """Take the cache's pages among [first, end) out of the page table; the process's own copies stay."""
+    def unmap_file_pages(self, first: int, end: int, *, even_cows: bool = False) -> None:
+        """Take the cache's pages among [first, end) out of the page table (unmap_mapping_range).
+
+        even_cows: the process's own copies of them go, too, as when the file is cut.
+        """
         end = min(end, self.pages)
+        if even_cows and first < end:
+            self._zap(first, end)
+            return
         gone = Ranges()
         for page in range(first, end):
             if self._cached[page]:

@@ -42,8 +42,8 @@ _MARK_INT = int(_MARK)  # an enum takes longer to combine and pass than a lookup
 class Maps(Protocol):
     """A mapping of this file: what its page tables have of the cache can be taken out."""
 
-    def unmap_file_pages(self, first: int, end: int) -> None:
-        """Take pages [first, end) of the file out of the page table, where they are the cache's own."""
+    def unmap_file_pages(self, first: int, end: int, *, even_cows: bool = False) -> None:
+        """Take pages [first, end) of the file out of the page table, where they are the cache's own, or all of them."""
 
 
 def runs_of(frames: "array[int]") -> Iterator[tuple[int, int]]:
@@ -357,7 +357,7 @@ class Inode:
     def _cut(self, size: int) -> None:
         pages = self._pages(size)
         for mapping in self.mappings:
-            mapping.unmap_file_pages(pages, self.pages)
+            mapping.unmap_file_pages(pages, self.pages, even_cows=True)
         self._free(self.space.remove(pages, self.pages, Remove.TRUNCATE))
         self.space.resize(pages)
         self.size = size
