@@ -115,6 +115,7 @@ class FileMapping(Mapping):
             else:
                 stop = self._map(first, stop)
                 if write:  # page_mkwrite()
+                    self.inode.written_through_mappings = True
                     self.inode.space.flag(first, stop, PageFlag.DIRTY)
                     self._kernel.writeback.dirtied(self.inode)
             yield first, stop

@@ -74,11 +74,13 @@ class Inode:
         #: where the file system keeps it
         self.cache_key = (0, *file.key)
         self.access = file.access
+        self.fixed = file.fixed
         self.file: DiskFile | None = file
         self.disk_size, self.changed = file.version()
         self.size = self.disk_size
         self.space = Space(kernel.memmap, self._pages(self.size))
         self.mappings: list[Maps] = []
+        self.written_through_mappings = False
         #: open files of it, and whether its name is gone
         self.openers = 0
         self.unlinked = False
@@ -275,6 +277,8 @@ class Inode:
         """Put data into the cache, dirty; the file grows if need be (generic_perform_write). Raises GuestIOError."""
         self._kernel.vfs.check_size(self, offset + len(data))
         kernel, space = self._kernel, self.space
+        if offset + len(data) > self.size:
+            self._clear_tail()
         space.resize(max(self._pages(offset + len(data)), self.pages))
         done = 0
         while done < len(data):
@@ -351,8 +355,17 @@ class Inode:
         if size < self.size:
             self._cut(size)
         else:
+            self._clear_tail()
             self.space.resize(self._pages(size))
             self.size = size
+
+    def _clear_tail(self) -> None:
+        # A shared mapping may have written beyond the end, into the last page: that isn't the file's, and mustn't
+        # become so when the file grows (pagecache_isize_extended).
+        within = self.size % FRAME_SIZE
+        if within and self.written_through_mappings and self.space.cached(self.pages - 1, 1):
+            _, frames, _ = self.space.lookup(self.pages - 1, 1)
+            self._kernel.memory.writev(frames, within, bytes(FRAME_SIZE - within))
 
     def _cut(self, size: int) -> None:
         pages = self._pages(size)
@@ -364,7 +377,7 @@ class Inode:
         if size % FRAME_SIZE and self.space.cached(pages - 1, 1):  # what a later extension must not bring back
             _, frames, _ = self.space.lookup(pages - 1, 1)
             within = size % FRAME_SIZE
-            self._kernel.memory.writev(frames, within, memoryview(bytes(FRAME_SIZE - within)))
+            self._kernel.memory.writev(frames, within, bytes(FRAME_SIZE - within))
         if not self.space.nr_dirty:
             self._kernel.writeback.cleaned(self)
 

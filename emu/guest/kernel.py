@@ -317,8 +317,7 @@ class GuestKernel:
         while left:
             if self.reclaim.kswapd():
                 left = self._alloc_above("low", left, migratetype, runs)
-                if not left:
-                    break
+                continue
             left = self._alloc_above("min", left, migratetype, runs)
             if not left:
                 break

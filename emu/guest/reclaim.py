@@ -65,7 +65,7 @@ class Reclaim:
 
     def kswapd(self) -> bool:
         """Wake kswapd (balance_pgdat); return whether it freed anything."""
-        if self._running or self._failures >= MAX_RECLAIM_RETRIES:
+        if self._running or self._failures >= MAX_RECLAIM_RETRIES or self.balanced():
             return False
         vmstat = self._kernel.vmstat
         vmstat["kswapd_wake"] += 1

@@ -207,7 +207,9 @@ class Vfs:
 
     @staticmethod
     def check_size(inode: Inode, size: int) -> None:
-        """Raise GuestIOError (EFBIG) for a size that no file can have."""
+        """Raise GuestIOError for a size that no file can have (EFBIG), or not this one (ENOSPC: a disk's image)."""
+        if inode.fixed and size > inode.size:
+            raise inode.error(errno.ENOSPC, "it keeps its size")
         if size > _MAX_SIZE:
             raise inode.error(errno.EFBIG, f"a file of {format_size(size)} can't be cached")
 

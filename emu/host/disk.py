@@ -50,6 +50,7 @@ class HostFile:
     def __init__(self, fd: int, *, writable: bool, align: tuple[int, int], counters: dict[str, int]) -> None:
         self._fd = fd
         self.writable = writable
+        self.fixed = False
         self._counters = counters
         self._buffered_writes = False
         status = os.fstat(fd)
@@ -122,6 +123,8 @@ class HostFile:
             os.posix_fadvise(self._fd, offset, n, os.POSIX_FADV_DONTNEED)
 
     def truncate(self, size: int) -> None:
+        if self.fixed:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         os.ftruncate(self._fd, size)
 
     def sync(self) -> None:
@@ -250,7 +253,7 @@ class ImageDisk:
         if exclusive:
             raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
         file = self._disk.open(self.path.name, write=write)
-        file.truncate = _fixed  # type: ignore[method-assign]
+        file.fixed = True
         return file
 
     def unlink(self, path: str) -> None:
@@ -263,10 +266,6 @@ class ImageDisk:
 
     def close(self) -> None:
         self._disk.close()
-
-
-def _fixed(size: int) -> None:
-    raise OSError(errno.EINVAL, "a disk image keeps its size")
 
 
 _DISKS: tuple[tuple[Callable[[Path], bool], type[DirectoryDisk] | type[ImageDisk]], ...] = (

@@ -6,7 +6,8 @@ ReferenceMemory stand in for a GuestRam where no fault is wanted; StepClock is t
 """
 
 from emu.clock import StepClock
+from emu.testing.disk import MemoryDisk
 from emu.testing.memory import BytesMemory, ReferenceMemory
 from emu.testing.rss import RssDelta, rss_delta
 
-__all__ = ["BytesMemory", "ReferenceMemory", "RssDelta", "StepClock", "rss_delta"]
+__all__ = ["BytesMemory", "MemoryDisk", "ReferenceMemory", "RssDelta", "StepClock", "rss_delta"]

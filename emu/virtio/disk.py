@@ -26,6 +26,8 @@ class DiskFile(Protocol):
     #: the file itself, whatever its name: (device, inode)
     key: tuple[int, int]
     writable: bool
+    #: whether it keeps its size, as a disk's image does
+    fixed: bool
     #: how it is read and written: "direct", "buffered" (and dropped behind), "memory"
     access: str
 

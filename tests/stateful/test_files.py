@@ -1,7 +1,7 @@
 """Files of a real disk under reads, writes, cuts, fsyncs, pressure and every mechanism, against a dict of bytes.
 
-The guest never sees a wrong byte; after fsync the disk has the data; the stages add up to the RAM, and the kernel's RSS is
-what those of them hold that are resident.
+The guest never sees a wrong byte; after fsync the disk has the data; the stages add up to the RAM, and the kernel's RSS
+is what those of them hold that are resident.
 """
 
 import contextlib
@@ -162,17 +162,20 @@ class Files(RuleBasedStateMachine):
                 mapped.mapping.write(first * PAGE + 50, data)
             else:
                 seen = mapped.mapping.read(first * PAGE, count * PAGE)
-        except GuestError as error:
-            if isinstance(error, OutOfMemory):
-                self.forget(mapped)
-                return
-            assert "SIGBUS" in str(error)
-            assert first + count > end
-            # what was written before the place isn't told: the pages before the end, in spans
+        except OutOfMemory:
             self.forget(mapped)
             return
+        except GuestError as error:
+            # what was written before the place isn't told: the pages before the end, in spans
+            self.forget(mapped)
+            if "SIGBUS" not in str(error) or first + count <= end:
+                raise
+            return
         if not write:
-            assert seen == b"".join(self.page_of(mapped, page) for page in range(first, first + count))
+            # beyond the file's end a page may hold what a mapping wrote there, in Linux as here
+            inside = max(min(len(self.model[mapped.name]) - first * PAGE, count * PAGE), 0)
+            wanted = b"".join(self.page_of(mapped, page) for page in range(first, first + count))
+            assert seen[:inside] == wanted[:inside]
             return
         assert first + count <= end
         for page in range(first, first + count):
@@ -183,15 +186,8 @@ class Files(RuleBasedStateMachine):
                 whole = self.model[mapped.name]
                 part = content[: len(whole) - page * PAGE]  # beyond the file's end nothing is kept
                 whole[page * PAGE : page * PAGE + len(part)] = part
-                if len(part) < PAGE:
-                    self.cut_tail(mapped.name)
             else:
                 mapped.own[page] = bytes(content)
-
-    def cut_tail(self, name):
-        # Bytes of the last page beyond the file's end may hold what a mapping wrote there (as in Linux, until it is written
-        # back): cutting the file to its own size clears them, and the model has none.
-        self.file(name).truncate(len(self.model[name]))
 
     def forget(self, mapped):
         # a mapping in an unknown state: its process ends, and a shared one's file is read from the guest anew
@@ -279,9 +275,7 @@ class FilesWithoutUffd(Files):
     uffd = "off"
 
 
-FAST = settings(
-    max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+FAST = settings(max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TestFiles = Files.TestCase
 TestFiles.settings = FAST
 TestFilesWithoutUffd = FilesWithoutUffd.TestCase
@@ -293,5 +287,5 @@ def test_files_for_long(request):
     """The same, many times."""
     machine = type("LongFiles", (Files,), {})
     case = machine.TestCase
-    case.settings = settings(FAST, max_examples=1500)
+    case.settings = settings(FAST, max_examples=1000)
     case("runTest").runTest()
