@@ -16,14 +16,14 @@ So a page goes between aging_seconds and a generation more after its last access
 mapped ones are left alone. What is freed reaches the buddy at once (the per-CPU lists are drained after a walk that
 freed something), since it is meant for the host.
 
-Feedback, if wanted, bounds the regret. A refault within four generations of what was freed shows that it was freed too
-early: when refaults come to more than `regret` of the pages freed over that time, aging_seconds doubles (up to
-16-fold); when they stay below a quarter of that, it shrinks by a quarter, and in a guest that reads nothing at all by
-half, down to a quarter of what was set. Refaults are the kernel's own count (workingset_refault_file), which doesn't
-tell who evicted.
+Feedback, if wanted, bounds the regret. A refault shows that a page was freed too early. Pages freed and refaults are
+counted with a half-life of four times what was set; when refaults come to more than `regret` of the pages freed,
+aging_seconds doubles (up to 16-fold), and stays so for eight times as long. After that, after four times aging_seconds
+in which they stayed below a quarter of that, it shrinks by a quarter; and in a guest that has read nothing for as long
+as was set, by half every aging_seconds; down to a quarter of what was set. Refaults are the kernel's own count
+(workingset_refault_file), which doesn't tell who evicted.
 """
 
-from collections import deque
 from typing import TYPE_CHECKING
 
 from emu.errors import BadValue
@@ -36,6 +36,7 @@ __all__ = ["GENERATIONS", "Aging"]
 
 GENERATIONS = 4  # MAX_NR_GENS
 _SINK = 2
+_CALM = 8  # aging_seconds after a regret in which it doesn't get faster
 _SLOWEST, _FASTEST = 16.0, 0.25  # of what was set
 
 
@@ -56,9 +57,11 @@ class Aging:
         #: guest time of the next walk
         self.next_walk = 0.0
         self.counters = dict.fromkeys(("aging_walks", "aging_scanned", "aging_sunk", "aging_freed"), 0)
-        #: (pages freed, refaults, reads) of the last generations
-        self._past: deque[tuple[int, int, int]] = deque(maxlen=GENERATIONS)
+        # of feedback: pages freed and refaults, fading; what was counted last; when something was read, and the pace
+        # changed
+        self._freed = self._refaults = 0.0
         self._seen = self._events()
+        self._read_at = self._changed_at = self._calm_at = kernel.clock.now()
         kernel.memmap.next_generation()
         self._queue()
 
@@ -86,22 +89,33 @@ class Aging:
         if freed:
             kernel.free_pages(runs_of(freed))
             kernel.drain_pages()
-        refaults, reads = self._events()
-        self._past.append((len(freed), refaults - self._seen[0], reads - self._seen[1]))
-        self._seen = refaults, reads
         if self._feedback:
-            self._adapt()
+            self._adapt(len(freed))
         self._queue()
 
-    def _adapt(self) -> None:
-        freed, refaults, reads = (sum(column) for column in zip(*self._past, strict=True))
-        if refaults > self._regret * max(freed, 1):
-            self.seconds = min(self.seconds * 2, self._set * _SLOWEST)
-            self._past.clear()  # judged: the new pace is to be judged by itself
-        elif not reads:
-            self.seconds = max(self.seconds / 2, self._set * _FASTEST)
-        elif refaults <= self._regret * freed / 4:
-            self.seconds = max(self.seconds * 0.75, self._set * _FASTEST)
+    def _adapt(self, freed: int) -> None:
+        now = self._kernel.clock.now()
+        before, self._seen = self._seen, self._events()
+        refaults = self._seen[0] - before[0]
+        if self._seen[1] > before[1]:
+            self._read_at = now
+        fading = 0.5 ** (self.generation / (4 * self._set))
+        self._freed = self._freed * fading + freed
+        self._refaults = self._refaults * fading + refaults
+        pace = self.seconds
+        if refaults and self._refaults > self._regret * self._freed:
+            pace = min(pace * 2, self._set * _SLOWEST)
+            self._refaults = 0.0  # judged: the new pace is to be judged by itself
+            self._calm_at = now + _CALM * pace
+        elif now < self._calm_at:
+            pass
+        elif now - self._read_at >= self._set and now - self._changed_at >= pace:
+            pace /= 2
+        elif now - self._changed_at >= 4 * pace and self._refaults <= self._regret * self._freed / 4:
+            pace *= 0.75
+        if pace != self.seconds:
+            self.seconds = max(pace, self._set * _FASTEST)
+            self._changed_at = now
 
     @property
     def pending(self) -> bool:

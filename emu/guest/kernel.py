@@ -321,12 +321,12 @@ class GuestKernel:
             left = self._alloc_above("min", left, migratetype, runs)
             if not left:
                 break
-            progress = self.reclaim.direct()
+            before, progress = left, self.reclaim.direct()
             left = self._alloc_above("min", left, migratetype, runs)
             if left:
                 self.drain_pages()
                 left = self._alloc_above("min", left, migratetype, runs)
-            if not left or progress:
+            if progress or left < before:  # shrinkers free what isn't counted as reclaimed
                 fruitless = 0
                 continue
             fruitless += 1
