@@ -10,8 +10,10 @@ from emu.errors import ClosedError
 from emu.errors import EmuError
 from emu.errors import ForkedError
 from emu.errors import GuestError
+from emu.errors import GuestIOError
 from emu.errors import GuestMemoryError
 from emu.errors import HostError
+from emu.errors import OomKilled
 from emu.errors import OutOfMemory
 from emu.errors import RangeError
 from emu.errors import ServiceDeadError
@@ -36,12 +38,14 @@ __all__ = [
     "ForkedError",
     "FrameState",
     "GuestError",
+    "GuestIOError",
     "GuestMemoryError",
     "GuestRam",
     "Histogram",
     "HostError",
     "Machine",
     "MigrateType",
+    "OomKilled",
     "OutOfMemory",
     "RangeError",
     "ScaledClock",
