@@ -279,6 +279,7 @@ int emu_space_destroy(struct emu_memmap *m, struct emu_space *s); /* -EBUSY: it 
 #define EMU_LOOKUP_SKIP_FIRST 2u /* but not the first one */
 #define EMU_LOOKUP_READAHEAD 4u  /* end after a page with PG_readahead */
 #define EMU_LOOKUP_BACKWARD 8u   /* only count, from first down */
+#define EMU_LOOKUP_ABSENT 16u    /* only count, the pages that aren't there */
 #define EMU_LOOKUP_MARKER (1 << 30) /* in the answer: the last page has PG_readahead */
 /*
  * How many pages in a row, from `first` on and at most `count`, are there; the first of them as (gfn, count, key = index)

@@ -163,6 +163,11 @@ int64_t emu_space_lookup(struct emu_memmap *m, struct emu_space *s, uint64_t fir
 			k++;
 		return (int64_t)k;
 	}
+	if (how & EMU_LOOKUP_ABSENT) {
+		while (k < count && frame_at(s, first + k) < 0)
+			k++;
+		return (int64_t)k;
+	}
 	for (; k < count && (pfn = frame_at(s, first + k)) >= 0; k++) {
 		if (runs && !append(runs, cap, nr_runs, (uint32_t)pfn, first + k))
 			break;

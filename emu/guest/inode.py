@@ -198,14 +198,10 @@ class Inode:
         # the others only take what reclaim gives easily.
         while first < end:
             first += self.space.cached(first, end - first)
-            gap = first
-            while gap < end and gap - first < _BATCH and not self.space.cached(gap, 1):
-                gap += 1
-            if gap == first:
+            gap = self.space.absent(first, min(end - first, _BATCH))
+            if not gap or not self._fill_gap(first, first + gap, required):
                 return
-            if not self._fill_gap(first, gap, required):
-                return
-            first = gap
+            first += gap
 
     def _fill_gap(self, first: int, end: int, required: int) -> bool:
         kernel = self._kernel
@@ -317,9 +313,7 @@ class Inode:
             self._kernel.memory.writev(frames, 0, data[: n * FRAME_SIZE])
             space.flag(index, index + n, PageFlag.DIRTY)
             return n * FRAME_SIZE
-        while n < pages and not space.cached(index + n, 1):
-            n += 1
-        return self._add(index, data[: n * FRAME_SIZE])
+        return self._add(index, data[: space.absent(index, pages) * FRAME_SIZE])
 
     def _add(self, index: int, data: memoryview) -> int:
         # new dirty pages with data; as many as there is memory for, at least one

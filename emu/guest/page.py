@@ -290,6 +290,11 @@ class Space:
         """Return how many pages in a row from `first` are cached, at most count."""
         return int(lib.emu_space_lookup(self._map, self.native, first, count, 0, ffi.NULL, 0, self._nr_runs))
 
+    def absent(self, first: int, count: int) -> int:
+        """Return how many pages in a row from `first` are not cached, at most count."""
+        how = lib.EMU_LOOKUP_ABSENT
+        return int(lib.emu_space_lookup(self._map, self.native, first, count, how, ffi.NULL, 0, self._nr_runs))
+
     def cached_before(self, first: int, count: int) -> int:
         """Return how many pages in a row from `first` down are cached, at most count."""
         how = lib.EMU_LOOKUP_BACKWARD

@@ -103,6 +103,19 @@ class Reclaim:
             self._failures = 0
         return freed > 0
 
+    def proactive(self, pages: int) -> int:
+        """Free so many pages of cache without need, as a write to memory.reclaim does; return how many went."""
+        freed = 0
+        if self._running:
+            return 0
+        with self._active():
+            for priority in range(DEF_PRIORITY, -1, -1):
+                while freed < pages and (
+                    part := self._shrink_node(priority, pages - freed, kswapd=False, force=priority == 0)[1]
+                ):
+                    freed += part
+        return freed
+
     @property
     def reclaimable_pages(self) -> int:
         """Pages that reclaim could look at (zone_reclaimable_pages)."""

@@ -19,7 +19,7 @@ from emu.workloads.tree import Tree
 
 __all__ = ["Grep"]
 
-_PART = 128 << 10  # bytes a read, as coreutils have it
+_PART = 1 << 20  # bytes a read
 
 
 class Grep:
@@ -63,14 +63,14 @@ class Grep:
         return self.tree.notes()
 
     def _count(self, parts: Iterator[bytes]) -> int:
+        # a match may lie across two reads: what is around each seam is searched apart, and is too short to hold another
         found, tail, keep = 0, b"", len(self.pattern) - 1
         for part in parts:
             self.bytes += len(part)
-            data = tail + part
-            found += data.count(self.pattern)
-            # a match may lie across two reads; one that ends in the tail was counted
-            last = data.rfind(self.pattern)
-            tail = data[max(last + len(self.pattern), len(data) - keep, 0) :] if keep else b""
+            found += part.count(self.pattern)
+            if keep:
+                found += self.pattern in tail + part[:keep]
+                tail = (tail + part)[-keep:] if len(part) < keep else part[-keep:]
         return found
 
     def search(self, machine: Machine, path: str) -> int:

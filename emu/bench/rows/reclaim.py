@@ -16,7 +16,7 @@ from emu.ram import GuestRam
 from emu.ranges import Ranges
 from emu.units import FRAME_SIZE
 
-__all__ = ["ROWS"]
+__all__ = ["ROWS", "bare_discard"]
 
 _LARGE = 131072  # frames: 512 MiB
 _SCATTERED = 4096
@@ -39,7 +39,8 @@ def _discard(ram: GuestRam, ranges: Ranges) -> float:
     return took / taken
 
 
-def _bare_discard(stage: Stage, ram: GuestRam, ranges: Ranges) -> float:
+def bare_discard(stage: Stage, ram: GuestRam, ranges: Ranges) -> float:
+    """Discard ranges of a RAM by a madvise each; return the ns a frame."""
     # behind the RAM's back; its books are put right afterwards, which costs nothing here
     pages = (ctypes.c_uint64 * len(ranges.flat)).from_buffer(ranges.flat)
     start = perf_counter_ns()
@@ -65,7 +66,7 @@ def discard(ranges: Ranges, frames: int) -> Open:
 
                 return measure
 
-            yield Sides(side(lambda: _discard(ram, ranges)), side(lambda: _bare_discard(stage, ram, ranges)))
+            yield Sides(side(lambda: _discard(ram, ranges)), side(lambda: bare_discard(stage, ram, ranges)))
 
     return open_
 
@@ -140,7 +141,7 @@ def report_pass(stage: Stage) -> Iterator[Sides]:
             block = 1 << _REPORT_ORDER
             ranges = Ranges.of((start, block) for start in range(0, frames // block * block, block))
             bare.touch(0, ranges.frames)
-            return _bare_discard(stage, bare, ranges)
+            return bare_discard(stage, bare, ranges)
 
         ours()  # how many frames a pass takes
         yield Sides(ours, reference)

@@ -24,7 +24,7 @@ struct test {
 };
 #define SKIPPED 77
 extern const struct test state_tests[], uffd_fill_tests[], fault_tests[], reclaim_tests[], rss_tests[],
-                         ring_tests[], storm_tests[];
+                         ring_tests[], pagecache_tests[], storm_tests[];
 
 struct rig {
 	struct emu_region *r;

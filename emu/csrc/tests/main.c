@@ -8,7 +8,7 @@
 int main(int argc, char **argv)
 {
 	const struct test *const all[] = { state_tests, uffd_fill_tests, fault_tests, reclaim_tests,
-		                           rss_tests, ring_tests, storm_tests };
+		                           rss_tests, ring_tests, pagecache_tests, storm_tests };
 	int passed = 0, skipped = 0;
 
 	alarm(300); /* a hang is a failure */
