@@ -58,7 +58,20 @@ def _phases(rows: Sequence[Mapping[str, Any]], heads: Sequence[str]) -> Table:
 def _totals(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="bold")
     table.add_column("over the run", no_wrap=True)
-    for head in ("GiB*s", "bloat", "read MiB", "refaults", "faults", "given back MiB", "scanned", "OOM kills", "wrong"):
+    for head in (
+        "GiB*s",
+        "bloat",
+        "read MiB",
+        "refaults",
+        "faults",
+        "installs",
+        "back MiB",
+        "scanned",
+        "reports",
+        "requests",
+        "OOM kills",
+        "wrong",
+    ):
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         counters = row["counters"]
@@ -70,8 +83,11 @@ def _totals(rows: Sequence[Mapping[str, Any]]) -> Table:
             mib_text(counters.get("disk_read_bytes", 0)),
             f"{counters.get('guest_workingset_refault_file', 0):,}",
             f"{counters['pgfault']:,}",
+            f"{counters['install_frames']:,}",
             mib_text(counters["return_taken"] * 4096),
             f"{scanned:,}",
+            f"{counters.get('reports', 0):,}",
+            f"{counters['balloon_inflate_requests'] + counters['balloon_deflate_requests']:,}",
             f"{counters.get('guest_oom_kill', 0):,}",
             f"{row['corrupt_frames']:,}",
         )
@@ -96,7 +112,9 @@ def print_compare(rows: Sequence[Mapping[str, Any]], command: str, console: Cons
     foot = [
         "MiB; used: what dropping the cache doesn't give back; read: from the disk, in that phase; "
         "bloat: footprint / used",
-        "faults: on memory that the host had to give (again); scanned: pages that reclaim or aging looked at",
+        "faults, installs: frames that the host had to give (again), to a fault or for the disk's bytes; back: given "
+        "back; "
+        "scanned: pages that reclaim or aging looked at; reports, requests: to the balloon device",
         f"Linux {env['kernel']}, {env['cpus']} cores; userfaultfd {machine['uffd']}, faults {machine['service']}; "
         f"return {machine['on_return']}; RAM {first['ram_bytes'] >> 20} MiB; clock {machine['clock']}; "
         f"seed {first['seed']}; 1 run each, in a process of its own, {seconds:.0f} s",

@@ -16,10 +16,17 @@ __all__ = ["Step", "Workload"]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A row of the result: its name, and the guest seconds to let pass before it is taken."""
+    """A row of the result: its name, and the guest seconds to let pass before it is taken; without a row, only
+    those."""
 
     name: str
     wait: float = 0.0
+    row: bool = True
+
+    @classmethod
+    def pause(cls, seconds: float) -> "Step":
+        """Let guest time pass in the middle of a step: it is sampled, and there is no row."""
+        return cls("", max(seconds, 0.0), row=False)
 
 
 class Workload(Protocol):

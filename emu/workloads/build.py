@@ -90,7 +90,7 @@ class Build:
                 job = _Job(number, tree, sources[number % len(sources)], headers)
                 name, digest = self._compile(machine, job, rng)
                 objects[name] = digest
-                machine.run_for(0.05)
+                yield Step.pause(0.05)
                 if number + 1 == half and half < self.jobs:
                     yield Step(f"{half} of {self.jobs} jobs")
             yield Step(f"{self.jobs} jobs done")

@@ -102,8 +102,8 @@ class Cache:
             if half is not None and at > half:
                 yield Step(f"working set, {self.hold / 2:g} s", wait=max(half - machine.clock.now(), 0.0))
                 half = None
-            # waited for here and not in the step: a working set is used on time, whatever its reading took
-            machine.run_for(max(at - machine.clock.now(), 0.0))
+            # on time, whatever the reading before it took
+            yield Step.pause(at - machine.clock.now())
             self.tree.read(machine, working_set)
             at += self.every
         yield Step(f"working set, {self.hold:g} s", wait=max(end - machine.clock.now(), 0.0))

@@ -94,12 +94,14 @@ def run(
 
     try:
         for step in steps():
-            sample(exact=not step.wait)
+            sample(exact=step.row and not step.wait)
             end = last.t + step.wait
             every = max(_SAMPLE, step.wait / _MOST_SAMPLES)
             while (left := end - machine.clock.now()) > 0:
                 machine.run_for(min(left, every))
                 sample()
+            if not step.row:
+                continue
             if step.wait:
                 sample(exact=True)
             result.phases.append(Phase.of(step.name, last))
