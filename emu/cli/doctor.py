@@ -19,7 +19,8 @@ __all__ = ["doctor"]
 
 
 def _try(name: str) -> str:
-    with Machine("64MiB", f"{name}:order=0" if name == "reporting" else name, clock=StepClock()) as machine:
+    orders = "order" in MECHANISMS[name].parsers  # with the default order a guest as small as this reports nothing
+    with Machine("64MiB", f"{name}:order=0" if orders else name, clock=StepClock()) as machine:
         memory = machine.guest.spawn("doctor").mmap("8MiB")
         memory.touch()
         peak = machine.rss_bytes
@@ -29,7 +30,7 @@ def _try(name: str) -> str:
         after = machine.rss_bytes
     if name == "none" and after != peak:
         raise EmuError(f"RSS changed from {peak} to {after}")
-    if name == "reporting" and after:
+    if orders and after:
         raise EmuError(f"{after} bytes stayed resident of {peak}")
     return f"RSS {format_size(peak)} -> {format_size(after)} after a free"
 

@@ -66,6 +66,21 @@ static int slots_resize(struct emu_space *s, uint64_t pages)
 	return 0;
 }
 
+/* Zero the slots from `first` on. Of a mapping, whole pages are given back instead: a sparse one would come into being. */
+static void forget(struct emu_space *s, uint64_t first)
+{
+	uintptr_t from = (uintptr_t)(s->slot + first), end = (uintptr_t)(s->slot + s->nr_slots);
+	uintptr_t page = (from + 4095) & ~(uintptr_t)4095;
+
+	if (!s->len || page >= end) {
+		memset(s->slot + first, 0, end - from);
+		return;
+	}
+	memset(s->slot + first, 0, page - from);
+	if (madvise((void *)page, (end - page + 4095) & ~(uintptr_t)4095, MADV_DONTNEED))
+		memset((void *)page, 0, end - page);
+}
+
 int emu_space_create(struct emu_memmap *m, uint64_t pages, struct emu_space **ret)
 {
 	struct emu_space *s = calloc(1, sizeof(*s));
@@ -107,13 +122,12 @@ int emu_space_resize(struct emu_memmap *m, struct emu_space *s, uint64_t pages)
 	if (pages >= UINT32_MAX)
 		return -EFBIG;
 	if (pages < s->nr_slots) {
-		uint64_t beyond = s->nr_slots - pages;
-
 		for (uint64_t i = pages; i < s->nr_slots && s->nr_pages; i++)
 			if (s->slot[i] && s->slot[i] < SHADOW)
 				return -EBUSY;
-		memset(s->slot + pages, 0, beyond * sizeof(*s->slot)); /* shadows of what is no longer there */
-		s->nr_slots = s->len ? pages : s->nr_slots;
+		forget(s, pages); /* shadows of what is no longer there */
+		if (s->len)
+			s->nr_slots = pages;
 		return 0;
 	}
 	return slots_resize(s, pages);

@@ -21,7 +21,7 @@ from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from emu.errors import GuestError, GuestIOError, OutOfMemory
+from emu.errors import GuestError, GuestIOError, GuestMemoryError, OutOfMemory
 from emu.guest.page import Insert, Lookup, PageFlag, Remove, Space
 from emu.guest.readahead import ReadaheadState, Window, next_window
 from emu.ranges import Ranges
@@ -453,10 +453,11 @@ class Inode:
             self.disk_file(write=True).write(start, data)
         except BaseException as error:
             space.flag(index, index + n, PageFlag.DIRTY, PageFlag.WRITEBACK)
-            if not isinstance(error, OSError):
+            if not isinstance(error, OSError | GuestMemoryError):
                 raise
             self.write_errors += 1
-            self.write_errno = error.errno or errno.EIO
+            # a frame that the host has lost is an I/O error to the guest (memory_failure)
+            self.write_errno = errno.EIO if isinstance(error, GuestMemoryError) else error.errno or errno.EIO
             self._kernel.vmstat["nr_write_errors"] += 1
             raise self.error(self.write_errno, "writing it back failed", start) from error
         space.flag(index, index + n, 0, PageFlag.WRITEBACK)

@@ -3,9 +3,12 @@
 A feature counts as there when it did what it should, on memory of our own, not when a version number promises it.
 """
 
+import errno
+import mmap
 import os
 import platform
 import resource
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +19,10 @@ import psutil
 from emu import residency
 from emu._native import disabled
 from emu.errors import EmuError
+from emu.host.disk import DirectoryDisk
 from emu.ram import GuestRam
 from emu.uffd import Features, Probe, probe
-from emu.units import format_size
+from emu.units import FRAME_SIZE, format_size
 
 __all__ = ["Check", "check_features", "environment"]
 
@@ -169,6 +173,32 @@ def _try_lazy() -> str:
         return f"{dropped} of {_FRAMES - 16} lazily freed frames dropped on demand"
 
 
+def _try_disk() -> str:
+    # through the guest: written, synced, and read back from the disk
+    with tempfile.TemporaryDirectory(prefix="emu-doctor-") as folder:
+        disk = DirectoryDisk(folder)
+        try:
+            file = disk.open("f", write=True, create=True)
+            with mmap.mmap(-1, 2 * FRAME_SIZE) as buffer, memoryview(buffer) as data:
+                data[:] = b"emu!" * (len(data) // 4)
+                file.write(0, data)
+                file.sync()
+                data[:] = bytes(len(data))
+                _expect(file.read(0, data), len(data), "bytes read back")
+                _expect(bytes(data[:8]), b"emu!emu!", "what was written")
+            file.close()
+            try:
+                disk.open("../f")
+            except OSError as error:
+                _expect(error.errno, errno.EXDEV, "a path that leads out")
+        except OSError as error:
+            raise EmuError(f"{folder}: {error.strerror}") from None
+        finally:
+            disk.close()
+        how = {"direct": "O_DIRECT", "buffered": "the host's cache, dropped behind", "memory": "in memory (tmpfs)"}
+        return f"in {Path(folder).parent}: {how[file.access]}"
+
+
 def check_features(mechanisms: Mapping[str, Callable[[], str]]) -> list[Check]:
     """Try each feature that emu uses, then each mechanism; nothing raises."""
     can = probe()
@@ -194,6 +224,7 @@ def check_features(mechanisms: Mapping[str, Callable[[], str]]) -> list[Check]:
         ),
         ("PAGEMAP_SCAN", _try_pagemap_scan, "RSS by smaps; buffers that aren't a whole VMA by mincore"),
         ("MADV_FREE and MADV_PAGEOUT", _try_lazy, "--return lazy gives memory back only when the kernel wants it"),
+        ("a guest's disk", _try_disk, "Machine(disk=...) and the workloads over files can't be had"),
         *((f"mechanism {name}", attempt, "-") for name, attempt in mechanisms.items()),
     ]
     checks = []

@@ -8,6 +8,7 @@ from emu.clock import StepClock
 from emu.errors import BadValue, ClosedError, GuestError, GuestIOError
 from emu.guest.kernel import GuestKernel
 from emu.guest.page import Lru, Owner, PageFlag
+from emu.ram import GuestRam
 from emu.testing import BytesMemory, MemoryDisk, ReferenceMemory
 
 PAGE = 4096
@@ -256,6 +257,40 @@ def test_mappings_show_the_file_and_count_as_mapped():
     process.exit()
     assert kernel.memmap.stats.nr_mapped == 0
     assert kernel.used_bytes == 0
+
+
+def test_what_a_mapping_writes_beyond_the_files_end_is_never_the_files():
+    """Neither when the file is extended, nor when it is written further on, nor on the disk."""
+    for grow in (lambda file: file.truncate(3 * PAGE), lambda file: file.write(2 * PAGE, b"far")):
+        kernel, disk = boot({"f": b"x" * 100})
+        file = kernel.open("f", "r+")
+        mapping = kernel.spawn("a").mmap(PAGE, file=file, shared=True)
+        mapping.write(50, b"Y" * 1000)
+        file.fsync()
+        assert disk.files["f"] == b"x" * 50 + b"Y" * 50
+        mapping.write(90, b"Z" * 1000)
+        grow(file)
+        assert file.read(0, PAGE) == b"x" * 50 + b"Y" * 40 + b"Z" * 10 + bytes(PAGE - 100)
+        file.fsync()
+        assert bytes(disk.files["f"][:PAGE]) == b"x" * 50 + b"Y" * 40 + b"Z" * 10 + bytes(PAGE - 100)
+
+
+def test_a_lost_frame_is_an_error_of_its_file_and_of_nobody_else():
+    """A dirty page whose frame the host has lost can't be written: EIO at fsync, and the flusher goes on."""
+    with GuestRam("16MiB", uffd="off") as ram:
+        kernel, disk = GuestKernel(ram, StepClock()), MemoryDisk({"f": TEXT, "g": TEXT})
+        kernel.mount(disk)
+        file, other = kernel.open("f", "r+"), kernel.open("g", "r+")
+        file.write(0, b"lost" * 1024)
+        other.write(0, b"kept" * 1024)
+        _, frames, _ = file.inode.space.lookup(0, 1)
+        ram.poison([(frames.flat[0], 1)])
+        kernel.clock.sleep_until(40)
+        kernel.run_timers()
+        assert disk.files["g"][:4] == b"kept"
+        with pytest.raises(GuestIOError, match="Input/output error"):
+            file.fsync()
+        assert disk.files["f"] == TEXT
 
 
 def test_modes_and_what_they_refuse():
