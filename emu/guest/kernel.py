@@ -351,7 +351,10 @@ class GuestKernel:
             fruitless = 0
         self.vmstat["pgalloc"] += count - left
         if owner is not None and runs:
-            self.memmap.use(Ranges.of((pfn if step > 0 else pfn - n + 1, n) for pfn, n, step in runs), owner)
+            used = Ranges()
+            for pfn, n, step in runs:
+                used.add(pfn if step > 0 else pfn - n + 1, n, 0)
+            self.memmap.use(used, owner)
         return runs
 
     def _alloc_above(self, mark: str, left: int, migratetype: int, runs: list[tuple[int, int, int]]) -> int:

@@ -161,8 +161,9 @@ class MemMap:
 
     def use(self, ranges: Ranges, owner: Owner) -> None:
         """Frames just allocated are somebody's (ANON, SHMEM, BALLOON, HINTED)."""
-        flat = ffi.from_buffer(_RANGES, ranges.flat)
-        _check(lib.emu_pages_use(self.native, flat, len(ranges), owner), f"frames can't become {owner.name}")
+        err = lib.emu_pages_use(self.native, ffi.from_buffer(_RANGES, ranges.flat), len(ranges), owner)
+        if err:
+            _check(err, f"frames can't become {owner.name}")
 
     def release(self, ranges: Ranges) -> None:
         """Frames about to be freed are nobody's: off their lists."""

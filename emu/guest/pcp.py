@@ -22,7 +22,8 @@ __all__ = ["COSTLY_ORDER", "PerCpuPages", "zone_batchsize"]
 
 COSTLY_ORDER = 3  # PAGE_ALLOC_COSTLY_ORDER
 _ORDERS = (0, 1, 2, 3)
-_LISTS = len(_ORDERS) * len(MigrateType) + 1  # NR_PCP_LISTS: by order and type, and one for huge pages
+_TYPES = len(MigrateType)  # asked of an enum, this takes as long as the list access
+_LISTS = len(_ORDERS) * _TYPES + 1  # NR_PCP_LISTS: by order and type, and one for huge pages
 _HUGE = _LISTS - 1
 
 Run = tuple[int, int, int]  # first block, blocks, +1 or -1: from the run's hot end, the next block is first +- 1
@@ -107,11 +108,11 @@ class PerCpuPages:
 
     @staticmethod
     def _index(order: int, migratetype: int) -> int:
-        return _HUGE if order > COSTLY_ORDER else len(MigrateType) * order + migratetype
+        return _HUGE if order > COSTLY_ORDER else _TYPES * order + migratetype
 
     @staticmethod
     def _order(index: int) -> int:
-        return PAGEBLOCK_ORDER if index == _HUGE else index // len(MigrateType)
+        return PAGEBLOCK_ORDER if index == _HUGE else index // _TYPES
 
     def spans(self) -> list[tuple[int, int]]:
         """Return the frames on the lists as (pfn, count), in no order."""

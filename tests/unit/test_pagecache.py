@@ -259,6 +259,22 @@ def test_mappings_show_the_file_and_count_as_mapped():
     assert kernel.used_bytes == 0
 
 
+def test_a_cut_takes_private_copies_along():
+    """Beyond the new end a mapping gets SIGBUS, its own copies or not (unmap_mapping_range with even_cows)."""
+    kernel, _ = boot()
+    file = kernel.open("f", "r+")
+    mapping = kernel.spawn("a").mmap(4 * PAGE, file=file)
+    mapping.write(PAGE, b"own" * 2000)
+    used = kernel.used_bytes
+    file.truncate(PAGE + 10)
+    assert mapping.read(PAGE, 3) == b"own"
+    assert kernel.used_bytes == used - PAGE
+    with pytest.raises(GuestError, match="SIGBUS"):
+        mapping.read(2 * PAGE, 3)
+    file.truncate(4 * PAGE)
+    assert mapping.read(2 * PAGE, PAGE) == bytes(PAGE)
+
+
 def test_what_a_mapping_writes_beyond_the_files_end_is_never_the_files():
     """Neither when the file is extended, nor when it is written further on, nor on the disk."""
     for grow in (lambda file: file.truncate(3 * PAGE), lambda file: file.write(2 * PAGE, b"far")):
