@@ -99,6 +99,7 @@ struct emu_region;
 struct emu_memmap_stats {
 	int64_t nr_owner[...]; int64_t nr_lru[...]; int64_t nr_mapped, nonresident_age; uint16_t gen;
 	int64_t pgactivate, pgdeactivate, pgrefill, pgrotated;
+	int64_t moved[...];
 	int64_t workingset_refault, workingset_activate, workingset_restore;
 };
 struct emu_memmap { struct emu_memmap_stats stats; ...; };

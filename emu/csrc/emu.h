@@ -246,6 +246,7 @@ struct emu_memmap_stats {
 	int64_t nonresident_age; /* evictions and activations so far (mm/workingset.c) */
 	uint16_t gen;           /* the generation of now, which accesses stamp: lru.c */
 	int64_t pgactivate, pgdeactivate, pgrefill, pgrotated;
+	int64_t moved[EMU_NR_OWNERS * EMU_NR_OWNERS]; /* frames that went from one owner to another, by from and to */
 	int64_t workingset_refault, workingset_activate, workingset_restore;
 };
 
@@ -269,14 +270,14 @@ struct emu_space {
 	uint32_t *slot;
 	uint64_t nr_slots;
 	size_t len; /* of the slots' mapping; 0: malloc'ed */
-	int64_t nr_pages, nr_dirty, nr_writeback;
+	int64_t nr_pages, nr_dirty, nr_writeback, nr_shadows;
 };
 int emu_space_create(struct emu_memmap *m, uint64_t pages, struct emu_space **ret);
 int emu_space_resize(struct emu_memmap *m, struct emu_space *s, uint64_t pages); /* -EBUSY: pages are there beyond it */
 int emu_space_destroy(struct emu_memmap *m, struct emu_space *s); /* -EBUSY: it has pages */
 
 #define EMU_LOOKUP_MARK 1u       /* mark them accessed (mark_page_accessed) */
-#define EMU_LOOKUP_SKIP_FIRST 2u /* but not the first one */
+#define EMU_LOOKUP_SKIP_FIRST 2u /* but not the first one, of which only the generation is stamped */
 #define EMU_LOOKUP_READAHEAD 4u  /* end after a page with PG_readahead */
 #define EMU_LOOKUP_BACKWARD 8u   /* only count, from first down */
 #define EMU_LOOKUP_ABSENT 16u    /* only count, the pages that aren't there */

@@ -186,10 +186,7 @@ static void shrink_page(struct emu_memmap *m, uint32_t pfn, struct emu_shrink *r
 	}
 	if (has(p, EMU_PG_DIRTY)) {
 		ret->nr_dirty++;
-		if (referenced) /* FOLIOREF_RECLAIM_CLEAN */
-			keep(m, pfn, 0, ret);
-		else
-			activate(m, pfn, EMU_PG_RECLAIM, ret); /* out of the way until the flusher has written it */
+		activate(m, pfn, EMU_PG_RECLAIM, ret); /* out of the way until the flusher has written it, referenced or not */
 		return;
 	}
 	if (p->mapcount) { /* try_to_unmap() is for whoever knows the page tables */

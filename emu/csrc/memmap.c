@@ -88,6 +88,7 @@ void emu_page_own(struct emu_memmap *m, uint32_t pfn, uint8_t owner)
 
 	if (before == owner)
 		return;
+	m->stats.moved[before * EMU_NR_OWNERS + owner]++;
 	m->stats.nr_owner[before]--;
 	m->stats.nr_owner[owner]++;
 	m->t.block[pfn / EMU_BLOCK_FRAMES] += (owner != EMU_OWNER_FREE) - (before != EMU_OWNER_FREE);

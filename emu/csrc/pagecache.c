@@ -67,7 +67,7 @@ static int slots_resize(struct emu_space *s, uint64_t pages)
 }
 
 /* Zero the slots from `first` on. Of a mapping, whole pages are given back instead: a sparse one would come into being. */
-static void forget(struct emu_space *s, uint64_t first)
+static void zero(struct emu_space *s, uint64_t first)
 {
 	uintptr_t from = (uintptr_t)(s->slot + first), end = (uintptr_t)(s->slot + s->nr_slots);
 	uintptr_t page = (from + 4095) & ~(uintptr_t)4095;
@@ -79,6 +79,14 @@ static void forget(struct emu_space *s, uint64_t first)
 	memset(s->slot + first, 0, page - from);
 	if (madvise((void *)page, (end - page + 4095) & ~(uintptr_t)4095, MADV_DONTNEED))
 		memset((void *)page, 0, end - page);
+}
+
+/* No page is at or after `first`: forget the shadows there. */
+static void forget(struct emu_space *s, uint64_t first)
+{
+	for (uint64_t i = first; i < s->nr_slots && s->nr_shadows; i++)
+		s->nr_shadows -= s->slot[i] != 0;
+	zero(s, first);
 }
 
 int emu_space_create(struct emu_memmap *m, uint64_t pages, struct emu_space **ret)
@@ -185,7 +193,9 @@ int64_t emu_space_lookup(struct emu_memmap *m, struct emu_space *s, uint64_t fir
 	for (; k < count && (pfn = frame_at(s, first + k)) >= 0; k++) {
 		if (runs && !append(runs, cap, nr_runs, (uint32_t)pfn, first + k))
 			break;
-		if (how & EMU_LOOKUP_MARK && !(how & EMU_LOOKUP_SKIP_FIRST && !k))
+		if (how & EMU_LOOKUP_SKIP_FIRST && !k)
+			page_of(m, (uint32_t)pfn)->gen = m->stats.gen; /* used, if not once more */
+		else if (how & EMU_LOOKUP_MARK)
 			emu_lru_accessed(m, (uint32_t)pfn);
 		if (how & EMU_LOOKUP_READAHEAD && has(page_of(m, (uint32_t)pfn), EMU_PG_READAHEAD))
 			return (int64_t)(k + 1) | EMU_LOOKUP_MARKER;
@@ -216,6 +226,7 @@ int emu_space_insert(struct emu_memmap *m, struct emu_space *s, const struct emu
 			*p = (struct emu_page){ .space = s->id, .index = index, .gen = m->stats.gen };
 			s->slot[index] = pfn + 1;
 			s->nr_pages++;
+			s->nr_shadows -= shadow != 0;
 			if (how & EMU_INSERT_DIRTY) {
 				p->flags |= EMU_PG_DIRTY;
 				s->nr_dirty++;
@@ -237,6 +248,7 @@ void emu_space_drop(struct emu_memmap *m, uint32_t pfn, uint32_t slot)
 	emu_lru_del(m, pfn);
 	s->slot[p->index] = slot;
 	s->nr_pages--;
+	s->nr_shadows += slot != 0;
 	s->nr_dirty -= has(p, EMU_PG_DIRTY);
 	s->nr_writeback -= has(p, EMU_PG_WRITEBACK);
 	p->flags = 0;
@@ -254,12 +266,19 @@ int64_t emu_space_remove(struct emu_memmap *m, struct emu_space *s, uint64_t fir
 		return -EINVAL;
 	if (end > s->nr_slots)
 		end = s->nr_slots;
-	for (uint64_t i = first; i < end && s->nr_pages && (size_t)taken < cap; i++) {
+	for (uint64_t i = first; i < end && (s->nr_pages || (how == EMU_REMOVE_INVALIDATE && s->nr_shadows)); i++) {
 		struct emu_page *p;
 
+		if ((size_t)taken == cap)
+			break;
 		pfn = frame_at(s, i);
-		if (pfn < 0)
+		if (pfn < 0) {
+			if (how == EMU_REMOVE_INVALIDATE && s->slot[i]) { /* invalidate_exceptional_entry() */
+				s->slot[i] = 0;
+				s->nr_shadows--;
+			}
 			continue;
+		}
 		p = page_of(m, (uint32_t)pfn);
 		if (how == EMU_REMOVE_TRUNCATE) {
 			if (p->mapcount)
@@ -293,6 +312,8 @@ int64_t emu_space_flag(struct emu_memmap *m, struct emu_space *s, uint64_t first
 		p = page_of(m, (uint32_t)pfn);
 		before = p->flags;
 		p->flags = (uint16_t)((before | set) & ~clear);
+		if (set & EMU_PG_DIRTY)
+			p->gen = m->stats.gen; /* written: nothing to the lists, as in Linux, but an access to who goes by age */
 		if (p->flags == before)
 			continue;
 		changed++;

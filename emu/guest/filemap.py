@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from emu.errors import GuestError, OutOfMemory
 from emu.guest.free_area import lazy_bytes
 from emu.guest.inode import Inode
-from emu.guest.lock import in_kernel
+from emu.guest.lock import as_current, in_kernel
 from emu.guest.memory import Op
 from emu.guest.page import PageFlag
 from emu.guest.readahead import RA_PAGES, Window
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["FileMapping"]
 
 _SPAN = 256  # pages
+_SHARED_SPAN = 32  # dirtied between two looks at the limits
 
 
 class FileMapping(Mapping):
@@ -53,7 +54,7 @@ class FileMapping(Mapping):
 
     # ---- access
 
-    @in_kernel
+    @as_current
     def touch(
         self, offset: int | str = 0, length: int | str | None = None, write: bool = True, threads: int = 1
     ) -> None:
@@ -63,14 +64,14 @@ class FileMapping(Mapping):
             op = Op.TOUCH_WRITE if write else Op.TOUCH_READ
             self._kernel.memory.vcpu(op, self._ranges(lo, hi), threads=threads)
 
-    @in_kernel
+    @as_current
     def fill(self, *, seed: int, offset: int | str = 0, length: int | str | None = None, threads: int = 1) -> None:
         """Fill every page with content that follows from the seed and the page's place."""
         first, end = self._span(offset, length)
         for lo, hi in self._faulted(first, end, write=True):
             self._kernel.memory.vcpu(Op.FILL, self._ranges(lo, hi), seed, threads=threads)
 
-    @in_kernel
+    @as_current
     def verify(
         self, *, seed: int, offset: int | str = 0, length: int | str | None = None, threads: int = 1
     ) -> list[int]:
@@ -82,7 +83,7 @@ class FileMapping(Mapping):
             bad += [page * FRAME_SIZE for page in range(lo, hi) if self._frame[page] - 1 in wrong]
         return bad
 
-    @in_kernel
+    @as_current
     def read(self, offset: int | str, n: int) -> bytes:
         """Return n bytes."""
         start = self._offset(offset, n)
@@ -93,7 +94,7 @@ class FileMapping(Mapping):
             self._kernel.memory.readv(self._ranges(lo, hi), a - lo * FRAME_SIZE, view[a - start : b - start])
         return bytes(result)
 
-    @in_kernel
+    @as_current
     def write(self, offset: int | str, data: bytes | bytearray | memoryview) -> None:
         """Write data."""
         view = memoryview(data).cast("B")
@@ -109,7 +110,9 @@ class FileMapping(Mapping):
         # Spans of pages [first, end) that are present, for writing if need be: each is good until the next one is asked
         # for.
         while first < end:
-            stop = min(end, first + _SPAN)
+            stop = min(end, first + (_SHARED_SPAN if write and self.shared else _SPAN))
+            if write and self.shared:
+                self._kernel.writeback.check_limit(self.inode)
             if write and not self.shared:
                 stop = self._own(first, stop)
             else:
@@ -187,7 +190,7 @@ class FileMapping(Mapping):
         if page > inode.pages:
             page = max(inode.pages, first + 1)
         # The frames first: what is looked up in the cache after this isn't reclaimed before it is copied.
-        runs = kernel.alloc_frames(page - first, process=self.process)
+        runs = kernel.alloc_frames(page - first)
         frames = array("I")
         for frame, count, step in runs:
             frames.extend(range(frame, frame + step * count, step))

@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 __all__ = ["Inode", "runs_of"]
 
 _BATCH = 256  # pages of one disk request: the bounce buffer
+_WRITE_BATCH = 32  # pages that a writer dirties between two looks at the limits
 _MARK = Lookup.MARK | Lookup.READAHEAD
 _SKIP = _MARK | Lookup.SKIP_FIRST
-_MARK_INT = int(_MARK)  # an enum takes longer to combine and pass than a lookup
+_MARK_INT, _SKIP_INT = int(_MARK), int(_SKIP)  # an enum takes longer to combine and pass than a lookup
 
 
 class Maps(Protocol):
@@ -50,6 +51,18 @@ def runs_of(frames: "array[int]") -> Iterator[tuple[int, int]]:
     """Yield (frame, count) of neighbours, in the order given."""
     for gfn, count, _ in Ranges.of_frames(frames):
         yield gfn, count
+
+
+def _cut_at(ranges: Ranges, end: int) -> tuple[Ranges, list[tuple[int, int]]]:
+    # the frames for pages before `end`, and the others
+    kept, left = Ranges(), []
+    for gfn, count, index in ranges:
+        n = min(count, max(end - index, 0))
+        if n:
+            kept.add(gfn, n, index)
+        if n < count:
+            left.append((gfn + n, count - n))
+    return kept, left
 
 
 def _place(runs: list[tuple[int, int, int]], index: int) -> Ranges:
@@ -88,6 +101,10 @@ class Inode:
         self.dirtied_at: float | None = None
         #: errors of writeback: how many so far, and the last one's errno (errseq_t)
         self.write_errors = 0
+        #: guest time of the last writeback, if it failed
+        self.failed_at: float | None = None
+        #: somebody has changed the file on the disk, and clean pages may be older
+        self.stale = False
         self.write_errno = 0
         self._busy = False
 
@@ -107,10 +124,10 @@ class Inode:
         """Return the error of a system call on this file."""
         return GuestIOError(code, self.path, what, offset=offset)
 
-    def disk_file(self, *, write: bool = False) -> DiskFile:
-        """Return the open file on the disk; opens it again if need be. Raises GuestIOError."""
-        if self.file is None or (write and not self.file.writable):
-            self.file = self._kernel.vfs.reopen(self, write=write)
+    def disk_file(self) -> DiskFile:
+        """Return the open file on the disk: there is one while somebody uses the inode, and while it is dirty."""
+        if self.file is None:
+            raise GuestError(f"{self.path} is used after its last close")
         return self.file
 
     # ---- reading
@@ -123,8 +140,8 @@ class Inode:
             at = offset + done
             index, within = at // FRAME_SIZE, at % FRAME_SIZE
             last = (end - 1) // FRAME_SIZE + 1
-            # a page that the last read ended in is accessed once, not twice
-            same = within and (ra.prev_pos - 1) // FRAME_SIZE == index
+            # a page that the last read of this open file ended in was accessed then (filemap_read, pos_same_folio)
+            same = (ra.prev_pos - 1) // FRAME_SIZE == index
             n, frames, marker = space.lookup(index, last - index, _SKIP if same else _MARK)
             if not n:
                 self.read_ahead(index, last - index, ra)
@@ -142,10 +159,7 @@ class Inode:
     def read_within(self, offset: int, n: int, ra: ReadaheadState) -> bytes | None:
         """Return n bytes that lie in one cached page; None: it isn't there. The short way of read()."""
         index = offset >> 12
-        if ra.prev_pos - 1 >> 12 == index and offset & 0xFFF:
-            how: int = Lookup.READAHEAD
-        else:
-            how = _MARK_INT
+        how = _SKIP_INT if ra.prev_pos - 1 >> 12 == index else _MARK_INT
         gfn = self.space.frame(index, how)
         if gfn >= 0:
             ra.prev_pos = offset + n
@@ -188,9 +202,10 @@ class Inode:
         end = min(window.start + window.count, self.pages)
         if window.start >= end:
             return
+        fresh = self.space.absent(window.start + window.count - window.marker, 1)
         self._fill(window.start, end, required=required)
         marker = window.start + window.count - window.marker
-        if window.marker and marker < end:
+        if window.marker and marker < end and fresh:
             self.space.flag(marker, marker + 1, PageFlag.READAHEAD)
 
     def _fill(self, first: int, end: int, *, required: int = -1) -> None:
@@ -229,19 +244,12 @@ class Inode:
             self._read_disk(first * FRAME_SIZE, view)
             end = min(end, max(self.pages, first))  # it may be shorter than it was
             kernel.memory.writev(ranges, 0, view)
+            kept, left = _cut_at(ranges, end)  # of what isn't in the file any more
+            self.space.insert(kept)
         except BaseException as error:
             kernel.free_after_failure(_spans(runs), error)
             raise
-        if end < first + got:  # frames for pages that aren't in the file any more
-            kept = Ranges()
-            for gfn, count, index in ranges:
-                n = min(count, max(end - index, 0))
-                if n:
-                    kept.add(gfn, n, index)
-                if n < count:
-                    kernel.free_pages([(gfn + n, count - n)])
-            ranges = kept
-        self.space.insert(ranges)
+        kernel.free_pages(left)
         kernel.vmstat["pgpgin"] += (end - first) * (FRAME_SIZE // 1024)
         return True
 
@@ -263,7 +271,8 @@ class Inode:
     def _shrunk_behind_our_back(self) -> None:
         self._kernel.vmstat["disk_file_shrunk"] += 1
         self.disk_size, self.changed = self.disk_file().version()
-        beyond, _ = self.space.find(self._pages(self.disk_size), self.pages, PageFlag.DIRTY, PageFlag.DIRTY)
+        # the page with the new end in it, too
+        beyond, _ = self.space.find(self.disk_size // FRAME_SIZE, self.pages, PageFlag.DIRTY, PageFlag.DIRTY)
         if not beyond:  # what we have written beyond it and not yet brought there still counts
             self._cut(self.disk_size)
 
@@ -278,12 +287,13 @@ class Inode:
         space.resize(max(self._pages(offset + len(data)), self.pages))
         done = 0
         while done < len(data):
+            kernel.writeback.check_limit(self)
             at = offset + done
             index, within = at // FRAME_SIZE, at % FRAME_SIZE
             if within or len(data) - done < FRAME_SIZE:
                 n = self._write_part(index, within, data[done : done + FRAME_SIZE - within])
             else:
-                n = self._write_whole(index, data[done : done + _BATCH * FRAME_SIZE])
+                n = self._write_whole(index, data[done : done + _WRITE_BATCH * FRAME_SIZE])
             done += n
             self.size = max(self.size, at + n)
             kernel.writeback.dirtied(self)
@@ -330,10 +340,12 @@ class Inode:
         ranges = _place(runs, index)
         try:
             kernel.memory.writev(ranges, 0, data[: got * FRAME_SIZE])
+            # what was read meanwhile may have shown that the file is shorter
+            self.space.resize(max(index + got, self.pages))
+            self.space.insert(ranges, Insert.DIRTY | Insert.WRITE)
         except BaseException as error:
             kernel.free_after_failure(_spans(runs), error)
             raise
-        self.space.insert(ranges, Insert.DIRTY | Insert.WRITE)
         return got * FRAME_SIZE
 
     # ---- the end of the file
@@ -342,7 +354,7 @@ class Inode:
         """Cut or extend it, here and on the disk (vfs truncate). Raises GuestIOError."""
         self._kernel.vfs.check_size(self, size)
         try:
-            self.disk_file(write=True).truncate(size)
+            self.disk_file().truncate(size)
         except OSError as error:
             raise self.error(error.errno or errno.EIO, f"truncating it to {size} bytes failed") from error
         self.disk_size, self.changed = self.disk_file().version()
@@ -403,12 +415,17 @@ class Inode:
     def revalidate(self, file: DiskFile) -> None:
         """Compare with the disk at an open: what was changed behind our back is read again, unless it is dirty here."""
         size, changed = file.version()
-        if (size, changed) == (self.disk_size, self.changed) or self.space.nr_dirty:
+        if (size, changed) == (self.disk_size, self.changed) and not self.stale:
             return
+        self._kernel.vmstat["disk_file_changed"] += 1
+        self.stale = False
         for mapping in self.mappings:
             mapping.unmap_file_pages(0, self.pages)
+        if self.space.nr_dirty:  # ours stay, and will be written over what is there
+            self.invalidate()
+            self.changed = changed
+            return
         self._free(self.space.remove(0, self.pages, Remove.TRUNCATE))
-        self._kernel.vmstat["disk_file_changed"] += 1
         self.disk_size, self.changed = size, changed
         self.space.resize(self._pages(size))
         self.size = size
@@ -450,7 +467,10 @@ class Inode:
         space.flag(index, index + n, PageFlag.WRITEBACK, PageFlag.DIRTY)
         try:
             self._kernel.memory.readv(frames, 0, data)
-            self.disk_file(write=True).write(start, data)
+            file = self.disk_file()
+            # our write changes the time of change: what somebody else changed before must not hide behind it
+            self.stale = self.stale or file.version() != (self.disk_size, self.changed)
+            file.write(start, data)
         except BaseException as error:
             space.flag(index, index + n, PageFlag.DIRTY, PageFlag.WRITEBACK)
             if not isinstance(error, OSError | GuestMemoryError):
@@ -458,11 +478,12 @@ class Inode:
             self.write_errors += 1
             # a frame that the host has lost is an I/O error to the guest (memory_failure)
             self.write_errno = errno.EIO if isinstance(error, GuestMemoryError) else error.errno or errno.EIO
+            self.failed_at = self._kernel.clock.now()
             self._kernel.vmstat["nr_write_errors"] += 1
             raise self.error(self.write_errno, "writing it back failed", start) from error
+        self.failed_at = None
         space.flag(index, index + n, 0, PageFlag.WRITEBACK)
-        self.disk_size = max(self.disk_size, start + len(data))
-        self.changed = self.disk_file().version()[1]
+        self.disk_size, self.changed = file.version()
 
     def sync(self) -> None:
         """Write all dirty pages and wait for the disk. Raises GuestIOError."""

@@ -77,7 +77,7 @@ _VMSTAT = (
     "drain_all_pages",
 )
 _BOUNCE = 1 << 20  # bytes: the largest request to a disk
-_MAX_FRAMES = 1 << 31  # page-table entries and free lists are 32 bits wide
+_MAX_FRAMES = (1 << 31) - 1  # a slot of the page cache has one bit more, for shadows
 
 
 class GuestKernel:
@@ -125,6 +125,8 @@ class GuestKernel:
         #: called when reclaim begins; they free what they hold for convenience
         self.shrinkers: list[Callable[[], None]] = [self.split_deferred]
         self.processes: list[Process] = []
+        #: whose access to memory is under way: the one that the OOM killer's choice must reach at once
+        self.current: Process | None = None
         self.files: list[RamFile] = []
         #: mappings with huge pages of which a part is unmapped (split_queue of a node)
         self.deferred_split: list[Mapping] = []
@@ -302,16 +304,31 @@ class GuestKernel:
         *,
         owner: Owner | None = Owner.ANON,
         retry: bool = True,
-        process: Process | None = None,
     ) -> list[tuple[int, int, int]]:
         """Allocate single frames; return (pfn, count, step) runs, step +1 or -1, in the order of allocation.
 
         Zones from the highest down, above their low watermarks; kswapd; above min; direct reclaim; and, unless retry is
         False (__GFP_NORETRY), the OOM killer. owner: whose they are from now on; None: the caller says so later. Fewer
         than asked for means that there was nobody to kill, or, without retry, nothing to reclaim. Raises OomKilled when
-        it was `process` that was killed.
+        it was `current` that was killed: the process whose access this is.
         """
         runs: list[tuple[int, int, int]] = []
+        try:
+            left = self._alloc_slowly(count, migratetype, runs, retry=retry)
+        except BaseException:  # the killed process itself; a disk, a hook or Ctrl-C in the middle of reclaim
+            self.vmstat["pgalloc"] += sum(n for _, n, _ in runs)
+            self.free_pages([(pfn if step > 0 else pfn - n + 1, n) for pfn, n, step in runs])
+            raise
+        self.vmstat["pgalloc"] += count - left
+        if owner is not None and runs:
+            used = Ranges()
+            for pfn, n, step in runs:
+                used.add(pfn if step > 0 else pfn - n + 1, n, 0)
+            self.memmap.use(used, owner)
+        return runs
+
+    def _alloc_slowly(self, count: int, migratetype: int, runs: list[tuple[int, int, int]], *, retry: bool) -> int:
+        # __alloc_pages_slowpath(), for many frames at a time; returns how many couldn't be had
         left = self._alloc_above("low", count, migratetype, runs)
         fruitless = 0
         while left:
@@ -335,12 +352,11 @@ class GuestKernel:
             # should_reclaim_retry(): a second scan finds those unreferenced that the first one has spared
             if fruitless <= MAX_RECLAIM_RETRIES and self.reclaim.reclaimable_pages:
                 continue
+            process = self.current
             killed = self.oom.out_of_memory(process, count - left)
             if killed is None:
                 break
             if killed is process and process is not None:
-                self.vmstat["pgalloc"] += count - left
-                self.free_pages([(pfn if step > 0 else pfn - n + 1, n) for pfn, n, step in runs])
                 raise OomKilled(
                     f"process {process.pid} ({process.name}) was killed: the guest is out of memory, and it had most",
                     pid=process.pid,
@@ -349,13 +365,7 @@ class GuestKernel:
                     free=self.free_bytes // FRAME_SIZE,
                 )
             fruitless = 0
-        self.vmstat["pgalloc"] += count - left
-        if owner is not None and runs:
-            used = Ranges()
-            for pfn, n, step in runs:
-                used.add(pfn if step > 0 else pfn - n + 1, n, 0)
-            self.memmap.use(used, owner)
-        return runs
+        return left
 
     def _alloc_above(self, mark: str, left: int, migratetype: int, runs: list[tuple[int, int, int]]) -> int:
         # get_page_from_freelist(): the zones from the highest down; returns how many are still wanted

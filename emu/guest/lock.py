@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-__all__ = ["KernelLock", "in_kernel"]
+__all__ = ["KernelLock", "as_current", "in_kernel"]
 
 
 class KernelLock:
@@ -51,6 +51,29 @@ class _HasLock(Protocol):
 
 
 S = TypeVar("S", bound=_HasLock)
+
+
+class _OfProcess(_HasLock, Protocol):
+    process: Any
+
+
+M = TypeVar("M", bound=_OfProcess)
+
+
+def as_current(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
+    """Make a method enter the kernel on behalf of its object's process, which is `current` meanwhile."""
+
+    @functools.wraps(method)
+    def entered(self: M, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.kernel_lock.lock:
+            kernel = self.process.kernel
+            before, kernel.current = kernel.current, self.process
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                kernel.current = before
+
+    return entered
 
 
 def in_kernel(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:

@@ -39,6 +39,9 @@ class Owner(enum.IntEnum):
     REPORTED = lib.EMU_OWNER_REPORTED
 
 
+_OWNERS = list(Owner)
+
+
 class Lru(enum.IntEnum):
     """The lists, as enum lru_list has them."""
 
@@ -189,6 +192,11 @@ class MemMap:
         """Frames of an owner."""
         return int(self.stats.nr_owner[owner])
 
+    def moved(self) -> dict[tuple[Owner, Owner], int]:
+        """Return how many frames have gone from one owner to another, of the ways that any has gone."""
+        moved = ffi.unpack(self.stats.moved, lib.EMU_NR_OWNERS**2)
+        return {(_OWNERS[i // len(_OWNERS)], _OWNERS[i % len(_OWNERS)]): n for i, n in enumerate(moved) if n}
+
     def nr(self, lru: Lru) -> int:
         """Pages on a list."""
         return int(self.stats.nr_lru[lru])
@@ -263,6 +271,11 @@ class Space:
     def nr_dirty(self) -> int:
         """Dirty ones among them."""
         return int(self.native.nr_dirty)
+
+    @property
+    def nr_writeback(self) -> int:
+        """Those that are being written."""
+        return int(self.native.nr_writeback)
 
     def resize(self, pages: int) -> None:
         """Make room for so many pages. Beyond that none may be cached."""

@@ -20,7 +20,7 @@ class Process:
     """A guest process."""
 
     def __init__(self, kernel: "GuestKernel", pid: int, name: str) -> None:
-        self._kernel = kernel
+        self.kernel = self._kernel = kernel
         self.kernel_lock = kernel.kernel_lock
         self.pid = pid
         self.name = name

@@ -1,9 +1,11 @@
 """The file system layer: mounted disks, the inodes that are in memory, opening, names, drop_caches.
 
-An inode is in memory while somebody has it open, or maps it, or has pages of it cached, or it is dirty. One file of the
-disk is one inode, by (disk, device, inode number), whatever its names. Between opens no file of the host is held open
-for it: at the next open its size and its time of change are compared with the disk's (as network file systems do), and
-what was changed there is read anew.
+One file of the disk is one inode, by (disk, device, inode number), whatever its names. It is in memory while somebody
+has it open, or maps it, or has pages of it cached; an empty one stays for its shadows, until there are many. Its file
+on the host is open while somebody uses it *or it is dirty*: so its number can't become another file's, and its bytes
+have a place to go to whatever becomes of its name. Dirty files that nobody uses are written early when there are many
+of them, since a process has so many descriptors only. A clean one is closed; at the next open its size and its time of
+change are compared with the disk's (as network file systems do), and what was changed there is read anew.
 
 drop_caches (fs/drop_caches.c): 1 frees the clean, unlocked, unmapped pages of all inodes, 2 lets go of inodes that are
 there for nothing (the slab of a guest without slab pages), 3 does both, 4 only stops Linux's log message. Then the
@@ -11,6 +13,7 @@ per-CPU lists are drained, which is seen of real guests: what was freed reaches 
 """
 
 import errno
+import resource
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -18,7 +21,7 @@ from emu.errors import BadValue, GuestError, GuestIOError
 from emu.guest.file import File
 from emu.guest.inode import Inode
 from emu.units import format_size
-from emu.virtio.disk import DirEntry, Disk, DiskFile
+from emu.virtio.disk import DirEntry, Disk
 
 if TYPE_CHECKING:
     from emu.guest.kernel import GuestKernel
@@ -34,6 +37,7 @@ _MODES = {
     "x": (True, True, True, False),
     "a": (True, True, False, False),
 }
+_INODES = 4096  # from so many on, empty ones are let go of
 _MAX_SIZE = 1 << 43  # a page's index has 32 bits
 
 
@@ -46,6 +50,10 @@ class Vfs:
         self.inodes: dict[tuple[int, int, int], Inode] = {}
         #: by the space's number: whose page a frame is
         self._by_space: dict[int, Inode] = {}
+        #: dirty ones that nobody uses, the longest first: their files on the host are open
+        self._dirty_unused: dict[Inode, None] = {}
+        self._most_dirty_unused = min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._trim_at = _INODES
 
     # ---- mounts and names
 
@@ -92,10 +100,16 @@ class Vfs:
         key = (id(disk), *file.key)
         inode = self.inodes.get(key)
         if inode is None:
-            inode = self.inodes[key] = Inode(self._kernel, path, file)
+            self._trim()
+            try:
+                inode = Inode(self._kernel, path, file)
+            except BaseException:
+                file.close()
+                raise
             inode.cache_key = key
-            self._by_space[inode.space.id] = inode
+            self.inodes[key] = self._by_space[inode.space.id] = inode
             return inode
+        inode.unlinked = False  # the host has given it a name again
         inode.revalidate(file)
         inode.path = path
         if inode.file is None or (file.writable and not inode.file.writable):
@@ -120,20 +134,6 @@ class Vfs:
                 raise
         return file
 
-    def reopen(self, inode: Inode, *, write: bool) -> DiskFile:
-        """Return an open file of the host for an inode that has none, or one for reading only."""
-        disk, inside = self._resolve(inode.path)
-        try:
-            file = disk.open(inside, write=write)
-        except OSError as error:
-            raise inode.error(error.errno or errno.EIO, "opening it again failed") from error
-        if file.key != inode.key:
-            file.close()
-            raise inode.error(errno.ESTALE, "another file has its name now")
-        if inode.file is not None:
-            inode.file.close()
-        return file
-
     def closed(self, inode: Inode) -> None:
         """One open file of an inode is closed."""
         inode.openers -= 1
@@ -144,26 +144,43 @@ class Vfs:
             return
         if inode.unlinked:
             inode.drop()
-        if inode.file is not None:
-            inode.file.close()
-            inode.file = None
+        self.written(inode)
         if not inode.space.nr_pages:
             self._forget(inode)
+        elif inode.file is not None:
+            self._dirty_unused[inode] = None
+            while len(self._dirty_unused) > self._most_dirty_unused:
+                first = next(iter(self._dirty_unused))
+                del self._dirty_unused[first]
+                self._kernel.writeback.write_out(first)
 
     def unmapped(self, inode: Inode) -> None:
         """A mapping of an inode is gone."""
         self._release(inode)
 
     def written(self, inode: Inode) -> None:
-        """The flusher has done with an inode for now: if nobody has it open, its file needn't be."""
-        if not inode.openers and not inode.mappings and inode.file is not None:
+        """Some of an inode was written: if all is clean, and nobody uses it, its file on the host is closed."""
+        if inode.openers or inode.mappings or inode.space.nr_dirty or inode.space.nr_writeback:
+            return
+        self._dirty_unused.pop(inode, None)
+        if inode.file is not None:
             inode.file.close()
             inode.file = None
+
+    def _trim(self) -> None:
+        # Inodes whose pages have all gone: kept for their shadows, but not without end.
+        if len(self.inodes) < self._trim_at:
+            return
+        for inode in list(self.inodes.values()):
+            if not (inode.space.nr_pages or inode.openers or inode.mappings):
+                self._forget(inode)
+        self._trim_at = max(_INODES, 2 * len(self.inodes))
 
     def _forget(self, inode: Inode) -> None:
         del self.inodes[inode.cache_key]
         self._by_space.pop(inode.space.id, None)
         self._kernel.writeback.cleaned(inode)
+        self._dirty_unused.pop(inode, None)
         if inode.file is not None:
             inode.file.close()
             inode.file = None
@@ -172,14 +189,12 @@ class Vfs:
     def unlink(self, path: str) -> None:
         """Remove a name. The pages go when nobody has the file open or mapped."""
         disk, inside = self._resolve(path)
-        inode = None
         try:
-            file = disk.open(inside)
-            inode = self.inodes.get((id(disk), *file.key))
-            file.close()
-            disk.unlink(inside)
+            gone = disk.unlink(inside)
         except OSError as error:
             raise self._error(error, path, "unlinking it failed") from error
+        # its last name, and no link to it
+        inode = None if gone is None else self.inodes.get((id(disk), *gone))
         if inode is not None:
             inode.unlinked = True
             self._release(inode)
@@ -246,6 +261,8 @@ class Vfs:
                 inode.sync()
             except GuestIOError as error:
                 first = first or error
+            else:
+                self.written(inode)
         if first is not None:
             raise first
 

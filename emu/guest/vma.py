@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from emu.errors import BadValue, OutOfMemory
 from emu.guest.buddy import PAGEBLOCK_ORDER
 from emu.guest.free_area import lazy_bytes
-from emu.guest.lock import in_kernel
+from emu.guest.lock import as_current, in_kernel
 from emu.guest.memory import Op
 from emu.guest.ramfs import RamFile
 from emu.ranges import Ranges
@@ -85,7 +85,7 @@ class Mapping:
 
     # ---- access
 
-    @in_kernel
+    @as_current
     def touch(
         self, offset: int | str = 0, length: int | str | None = None, write: bool = True, threads: int = 1
     ) -> None:
@@ -104,14 +104,14 @@ class Mapping:
             self._kernel.memory.vcpu(Op.TOUCH_READ, Ranges.of_frames(shared), threads=threads)
         self._kernel.memory.vcpu(Op.TOUCH_WRITE if write else Op.TOUCH_READ, self._ranges(first, end), threads=threads)
 
-    @in_kernel
+    @as_current
     def fill(self, *, seed: int, offset: int | str = 0, length: int | str | None = None, threads: int = 1) -> None:
         """Fill every page with content that follows from the seed and the page's place."""
         first, end = self._span(offset, length)
         self._populate(first, end, threads=threads)
         self._kernel.memory.vcpu(Op.FILL, self._ranges(first, end), seed, threads=threads)
 
-    @in_kernel
+    @as_current
     def verify(
         self, *, seed: int, offset: int | str = 0, length: int | str | None = None, threads: int = 1
     ) -> list[int]:
@@ -122,7 +122,7 @@ class Mapping:
         # a page without a frame reads as zeros, or as the file: not what a fill of this mapping leaves
         return [page * FRAME_SIZE for page in range(first, end) if (entry := self._frame[page]) == 0 or entry in bad]
 
-    @in_kernel
+    @as_current
     def read(self, offset: int | str, n: int) -> bytes:
         """Return n bytes."""
         start = self._offset(offset, n)
@@ -139,7 +139,7 @@ class Mapping:
             n -= part
         return b"".join(parts)
 
-    @in_kernel
+    @as_current
     def write(self, offset: int | str, data: bytes | bytearray | memoryview) -> None:
         """Write data. Pages that it covers wholly and that have no frame get one that isn't cleared first."""
         view = memoryview(data).cast("B")
@@ -297,7 +297,7 @@ class Mapping:
         memory = self._kernel.memory
         if self.file is not None and data is None:
             self.file.populate(first, end)
-        runs = self._kernel.alloc_frames(end - first, process=self.process)
+        runs = self._kernel.alloc_frames(end - first)
         spans = [(frame if step > 0 else frame - count + 1, count) for frame, count, step in runs]
         try:
             if data is None and self.file is not None:  # do_cow_fault()

@@ -2,19 +2,22 @@
 
 All limits are shares of *dirtyable* memory: what is free beyond the reserves, and the file pages on the lists.
 
-    expiry       a flusher that wakes every 5 s writes the inodes that became dirty more than 30 s ago background
-    above 10 % dirty it writes on, oldest inode first, until below throttling   above half-way between 10 and 20 % (the
-    free-run ceiling) a writer is held up until the disk has caught up
+    expiry       a flusher that wakes every 5 s writes the inodes that became dirty more than 30 s ago
+    background   above 10 % dirty it writes on, oldest inode first, until below
+    throttling   above half-way between 10 and 20 % a writer is held up until the disk has caught up
 
 A writer is asked every 32 pages. Held up means that its write doesn't return before the flusher has brought dirty
 memory below the ceiling: Linux lets the writer sleep for up to 200 ms at a time while the flusher's thread works, here
-the one thread does the flusher's work meanwhile, so that the wait is the disk's own time. In neither can dirty memory
-pass 20 %.
+the one thread does the flusher's work meanwhile, so that the wait is the disk's own time. So dirty memory doesn't pass
+20 %; and when the disk fails, so that it can't fall, writers get the disk's error instead (Linux gives the pages up;
+here they stay dirty, for a later fsync). A file whose writeback has failed isn't tried again for 5 s, but by fsync and
+sync.
 
 The flusher's timer runs while there is something dirty. Deviations: no bandwidth estimate, no per-device shares, and
 sync's integrity pass isn't a thread of its own.
 """
 
+import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -119,7 +122,9 @@ class Writeback:
         self._writing = True
         written = 0
         try:
-            for inode in [inode for inode in self._inodes if which(inode)]:
+            now = self._now()
+            rested = [i for i in self._inodes if i.failed_at is None or now - i.failed_at >= self.writeback_interval]
+            for inode in [inode for inode in rested if which(inode)]:
                 while inode.space.nr_dirty and more():
                     try:
                         part = inode.write_back(_MIN_PAGES)
@@ -138,12 +143,25 @@ class Writeback:
             self._writing = False
         return written
 
+    def write_out(self, inode: "Inode") -> None:
+        """Write one inode, whatever its age; an error stays with it."""
+        self._write(lambda other: other is inode, lambda: True)
+
     def wakeup_flusher(self) -> int:
         """Reclaim has met nothing but dirty pages: write some (wakeup_flusher_threads); return the pages."""
         self._kernel.vmstat["flusher_woken"] += 1
         return self._write(lambda inode: True, lambda: True)
 
     # ---- writers
+
+    def check_limit(self, inode: "Inode") -> None:
+        """Raise GuestIOError if dirty memory is at its limit and the disk doesn't take any of it."""
+        if self._writing or self.nr_dirty < self.limits[1]:
+            return
+        self._write(lambda inode: True, lambda: self.nr_dirty >= self.limits[1])
+        if self.nr_dirty >= self.limits[1]:
+            failed = next((other for other in self._inodes if other.write_errors), inode)
+            raise inode.error(failed.write_errno or errno.EIO, "dirty memory is at its limit, and can't be written")
 
     def balance_dirty_pages(self, n: int) -> None:
         """A writer has dirtied n bytes: perhaps it has to wait (balance_dirty_pages_ratelimited)."""

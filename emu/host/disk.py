@@ -75,6 +75,11 @@ class HostFile:
         flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
         fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
 
+    def _give_up_direct(self) -> None:
+        # the file system had taken the flag, and didn't mean it
+        self._set_direct(False)
+        self.access = "buffered"
+
     def read(self, offset: int, into: memoryview) -> int:
         done = 0
         while done < len(into):
@@ -83,8 +88,7 @@ class HostFile:
             except OSError as error:
                 if error.errno != errno.EINVAL or self.access != "direct":
                     raise
-                self._set_direct(False)  # it had taken the flag, and didn't mean it
-                self.access = "buffered"
+                self._give_up_direct()
                 continue
             if not n:
                 break
@@ -104,13 +108,18 @@ class HostFile:
             try:
                 self._write_all(offset + body, data[body:], direct=False)
             finally:
-                self._set_direct(True)
+                self._set_direct(self.access == "direct")
         self._counters["disk_writes"] += 1
 
     def _write_all(self, offset: int, data: memoryview, *, direct: bool = True) -> None:
         done = 0
         while done < len(data):
-            done += os.pwritev(self._fd, [data[done:]], offset + done)
+            try:
+                done += os.pwritev(self._fd, [data[done:]], offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or self.access != "direct":
+                    raise
+                self._give_up_direct()
         self._counters["disk_written_bytes"] += done
         direct = direct and self.access == "direct"
         self._counters["disk_direct_bytes" if direct else "disk_buffered_bytes"] += done
@@ -193,7 +202,7 @@ class DirectoryDisk:
     def _folder(self, path: str) -> int:
         return self._open_fd(path, os.O_RDONLY | os.O_DIRECTORY)[0]
 
-    def unlink(self, path: str) -> None:
+    def unlink(self, path: str) -> tuple[int, int] | None:
         if self.read_only:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         folder, _, name = path.rpartition("/")
@@ -201,7 +210,10 @@ class DirectoryDisk:
         try:
             if name in ("", ".", ".."):
                 raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
             os.unlink(name, dir_fd=fd)
+            last = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+            return (status.st_dev, status.st_ino) if last else None
         finally:
             os.close(fd)
 
@@ -256,7 +268,7 @@ class ImageDisk:
         file.fixed = True
         return file
 
-    def unlink(self, path: str) -> None:
+    def unlink(self, path: str) -> tuple[int, int] | None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     def listdir(self, path: str) -> list[DirEntry]:

@@ -29,10 +29,7 @@ class Eager:
     parsers: ClassVar[dict[str, Callable[[str], Any]]] = {"period": lambda text: parse_duration(text, "period")}
     #: the stages that the live view shows, in the order in which memory goes, and the arrows between them
     chain: ClassVar[tuple[Stage, ...]] = (*GUEST_CHAIN, Stage.HOST_OWNED)
-    arrows: ClassVar[tuple[Arrow, ...]] = (
-        *GUEST_ARROWS,
-        Arrow(Stage.FREE, Stage.HOST_OWNED, ("discard_frames",)),
-    )
+    arrows: ClassVar[tuple[Arrow, ...]] = GUEST_ARROWS
 
     def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
         """Queue the first round. Raise BadValue here for settings out of range.

@@ -18,19 +18,18 @@ from emu.guest.kernel import GuestKernel
 from emu.guest.reporting import DEFAULT_DELAY, DEFAULT_ORDER
 from emu.host.hypervisor import Hypervisor
 from emu.mechanisms.reporting import (
+    REPORTING_ARROWS,
     REPORTING_CHAIN,
     Reporting,
     parse_delay,
     parse_order,
     parse_yes,
 )
-from emu.observe.chain import GUEST_ARROWS, Arrow
+from emu.observe.chain import Arrow
 from emu.observe.pagemap import Stage
 from emu.units import FRAME_SIZE, format_size, parse_duration
 
 __all__ = ["AgingMechanism"]
-
-_EVICTED = (Stage.INACTIVE, Stage.FREE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +51,7 @@ class AgingMechanism:
         "delay": parse_delay,
     }
     chain: ClassVar[tuple[Stage, ...]] = REPORTING_CHAIN
-    arrows: ClassVar[tuple[Arrow, ...]] = (
-        *(
-            Arrow(arrow.source, arrow.target, (*arrow.counters, "aging_freed"))
-            if (arrow.source, arrow.target) == _EVICTED
-            else arrow
-            for arrow in GUEST_ARROWS
-        ),
-        Arrow(Stage.FREE, Stage.HOST_OWNED, ("discard_frames",)),
-    )
+    arrows: ClassVar[tuple[Arrow, ...]] = REPORTING_ARROWS
 
     @property
     def _reporting(self) -> Reporting:

@@ -45,11 +45,13 @@ class BalloonMechanism:
         "deflate_on_oom": parse_yes,
         "host_page": lambda text: parse_size(text, "host_page"),
     }
-    chain: ClassVar[tuple[Stage, ...]] = (*GUEST_CHAIN, Stage.INFLATED, Stage.BALLOONED, Stage.HOST_OWNED)
+    chain: ClassVar[tuple[Stage, ...]] = (*GUEST_CHAIN, Stage.BALLOONED, Stage.INFLATED, Stage.HOST_OWNED)
     arrows: ClassVar[tuple[Arrow, ...]] = (
         *GUEST_ARROWS,
-        Arrow(Stage.FREE, Stage.BALLOONED, ("guest_balloon_inflate",)),
-        Arrow(Stage.BALLOONED, Stage.HOST_OWNED, ("guest_balloon_deflate",)),
+        Arrow(Stage.FREE, Stage.BALLOONED, ("moved_free_balloon",)),
+        Arrow(Stage.BALLOONED, Stage.FREE, ("moved_balloon_free",)),
+        Arrow(Stage.FREE, Stage.HINTED, ("moved_free_hinted",)),
+        Arrow(Stage.HINTED, Stage.FREE, ("moved_hinted_free",)),
     )
 
     def attach(self, guest: GuestKernel, host: Hypervisor) -> None:

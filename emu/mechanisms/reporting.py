@@ -23,7 +23,7 @@ __all__ = ["REPORTING_ARROWS", "REPORTING_CHAIN", "Reporting", "parse_delay", "p
 
 
 REPORTING_CHAIN = (*GUEST_CHAIN, Stage.HOST_OWNED)
-REPORTING_ARROWS = (*GUEST_ARROWS, Arrow(Stage.FREE, Stage.HOST_OWNED, ("discard_frames",)))
+REPORTING_ARROWS = GUEST_ARROWS
 
 
 def parse_order(text: str) -> int:

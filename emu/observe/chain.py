@@ -1,8 +1,12 @@
 """The chain: how frames go from stage to stage, as a mechanism declares it, and how many have gone each way.
 
-    dirty -> inactive <-> active       inactive -> free -> host-owned -> anonymous
+    host-owned -> free -> anonymous, inactive, dirty      dirty -> inactive <-> active      inactive -> free ->
+    host-owned
 
-An arrow counts by counters that are there anyway (frames, since the machine started); two pictures make a flow of it.
+The guest's side is exact: each change of a frame's owner is counted where it happens (csrc/memmap.c), so that what a
+stage has gained is what came in less what went out. `free` is all memory that the guest doesn't use: per-CPU lists, and
+what the host owns, are part of it; what goes between free and host-owned are frames that the host has taken, and given
+again. Being written is no stop on the way: dirty -> inactive is counted when it is done.
 """
 
 from collections.abc import Mapping
@@ -31,15 +35,31 @@ class Flow:
     frames: int
 
 
+def _moved(source: Stage, target: Stage, owners: str) -> Arrow:
+    return Arrow(source, target, (f"moved_{owners}",))
+
+
 #: what a guest without any mechanism has
 GUEST_CHAIN = (Stage.ANONYMOUS, Stage.DIRTY, Stage.ACTIVE, Stage.INACTIVE, Stage.FREE)
 GUEST_ARROWS = (
-    Arrow(Stage.DIRTY, Stage.INACTIVE, ("guest_nr_written",)),
-    Arrow(Stage.INACTIVE, Stage.ACTIVE, ("guest_pgactivate", "guest_workingset_activate_file")),
-    Arrow(Stage.ACTIVE, Stage.INACTIVE, ("guest_pgdeactivate",)),
-    Arrow(Stage.INACTIVE, Stage.FREE, ("guest_pgsteal_kswapd", "guest_pgsteal_direct", "guest_drop_pagecache_pages")),
-    Arrow(Stage.HOST_OWNED, Stage.ANONYMOUS, ("copy_frames",)),
-    Arrow(Stage.HOST_OWNED, Stage.INACTIVE, ("install_frames",)),
+    _moved(Stage.FREE, Stage.ANONYMOUS, "free_anon"),
+    _moved(Stage.ANONYMOUS, Stage.FREE, "anon_free"),
+    _moved(Stage.FREE, Stage.SHMEM, "free_shmem"),
+    _moved(Stage.SHMEM, Stage.FREE, "shmem_free"),
+    _moved(Stage.FREE, Stage.INACTIVE, "free_inactive"),
+    _moved(Stage.FREE, Stage.ACTIVE, "free_active"),
+    _moved(Stage.FREE, Stage.DIRTY, "free_dirty"),
+    _moved(Stage.INACTIVE, Stage.DIRTY, "inactive_dirty"),
+    _moved(Stage.ACTIVE, Stage.DIRTY, "active_dirty"),
+    _moved(Stage.DIRTY, Stage.INACTIVE, "writeback_inactive"),
+    _moved(Stage.DIRTY, Stage.ACTIVE, "writeback_active"),
+    _moved(Stage.INACTIVE, Stage.ACTIVE, "inactive_active"),
+    _moved(Stage.ACTIVE, Stage.INACTIVE, "active_inactive"),
+    _moved(Stage.INACTIVE, Stage.FREE, "inactive_free"),
+    _moved(Stage.ACTIVE, Stage.FREE, "active_free"),
+    _moved(Stage.DIRTY, Stage.FREE, "dirty_free"),
+    Arrow(Stage.HOST_OWNED, Stage.FREE, ("copy_frames", "install_frames")),
+    Arrow(Stage.FREE, Stage.HOST_OWNED, ("discard_frames",)),
 )
 
 

@@ -21,8 +21,8 @@ def read_vmstat(guest: GuestKernel, host: Hypervisor) -> dict[str, int]:
     """Return all counters. The guest's start with guest_ where the core has one of the same name.
 
     nr_* are frames by state, guest_nr_* pages by list; the others count up. report_pages are frames reported,
-    discard_frames frames that held memory when they were discarded; disk_*_bytes are bytes that went to or from the
-    disks.
+    discard_frames frames that held memory when they were discarded; moved_a_b are frames that went from one owner to
+    another; disk_*_bytes are bytes that went to or from the disks.
     """
     counters = {f"guest_{name}": value for name, value in guest.vmstat.items()}
     memmap = guest.memmap
@@ -33,6 +33,7 @@ def read_vmstat(guest: GuestKernel, host: Hypervisor) -> dict[str, int]:
     counters["guest_nr_mapped"] = int(stats.nr_mapped)
     for name in ("pgactivate", "pgdeactivate", "pgrefill", "pgrotated"):
         counters[f"guest_{name}"] = int(getattr(stats, name))
+    counters |= {f"moved_{a.name}_{b.name}".lower(): n for (a, b), n in memmap.moved().items()}
     for name in ("refault", "activate", "restore"):
         counters[f"guest_workingset_{name}_file"] = int(getattr(stats, f"workingset_{name}"))
     # workers that were there before have left theirs with the guest

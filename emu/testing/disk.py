@@ -105,10 +105,11 @@ class MemoryDisk:
             raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
         return MemoryFile(self, path, writable=write)
 
-    def unlink(self, path: str) -> None:
+    def unlink(self, path: str) -> tuple[int, int] | None:
         if path not in self.files:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         del self.files[path]
+        return (1, self.numbers[path])
 
     def listdir(self, path: str) -> list[DirEntry]:
         inside = {name.removeprefix(f"{path}/" if path else "") for name in self.files if name.startswith(path)}

@@ -13,7 +13,7 @@ __all__ = ["DirEntry", "Disk", "DiskFile"]
 
 @dataclass(frozen=True, slots=True)
 class DirEntry:
-    """A name in a directory. size: bytes, of a regular file. Links are what they lead to, if that is on the disk."""
+    """A name in a directory. size: bytes, of a regular file. Symbolic links are left out."""
 
     name: str
     is_dir: bool
@@ -60,8 +60,8 @@ class Disk(Protocol):
     def open(self, path: str, *, write: bool = False, create: bool = False, exclusive: bool = False) -> DiskFile:
         """Open a regular file."""
 
-    def unlink(self, path: str) -> None:
-        """Remove a name."""
+    def unlink(self, path: str) -> tuple[int, int] | None:
+        """Remove a name; return the key of the file that has none any more. A link's name isn't its file's."""
 
     def listdir(self, path: str) -> Sequence[DirEntry]:
         """Return the names of a directory, sorted; special files are left out."""

@@ -98,6 +98,8 @@ class Lists(RuleBasedStateMachine):
         assert n == present
         found = [(gfn + k, key + k) for gfn, run, key in frames for k in range(run)]
         assert found == [(self.pages[i].pfn, i) for i in range(index, index + n)]
+        if skip and n:
+            self.pages[index].generation = self.generation
         if mark:
             for i in range(index + skip, index + n):
                 self.accessed(i)
@@ -111,6 +113,10 @@ class Lists(RuleBasedStateMachine):
         assert n == len(changed)
         for i in changed:
             self.pages[i].dirty = dirty
+        if dirty:
+            for i in range(index, index + count):
+                if i in self.pages:
+                    self.pages[i].generation = self.generation
 
     @rule(index=st.integers(0, PAGES - 1), up=st.booleans(), young=st.booleans())
     def map_it(self, index, up, young):
@@ -151,8 +157,8 @@ class Lists(RuleBasedStateMachine):
                 self.put(index, referenced)
                 activated = referenced
             elif page.dirty:
-                self.put(index, not referenced)
-                activated = not referenced
+                self.put(index, True)
+                activated = True
             elif page.mapped:
                 mapped.append(page.pfn)
                 self.put(index, False)
@@ -201,6 +207,9 @@ class Lists(RuleBasedStateMachine):
             if how is Remove.TRUNCATE or not (held or (how is Remove.EVICT and (page.referenced or page.young))):
                 taken.append(page.pfn)
                 self.evict(i, shadow=how is Remove.EVICT)
+        if how is Remove.INVALIDATE:
+            for i in range(index, index + count):
+                self.shadows.pop(i, None)
         assert list(self.space.remove(index, index + count, how)) == taken
 
     # ---- what always holds
