@@ -17,7 +17,6 @@ The flusher's timer runs while there is something dirty. Deviations: no bandwidt
 sync's integrity pass isn't a thread of its own.
 """
 
-import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -159,9 +158,11 @@ class Writeback:
         if self._writing or self.nr_dirty < self.limits[1]:
             return
         self._write(lambda inode: True, lambda: self.nr_dirty >= self.limits[1])
-        if self.nr_dirty >= self.limits[1]:
-            failed = next((other for other in self._inodes if other.write_errors), inode)
-            raise inode.error(failed.write_errno or errno.EIO, "dirty memory is at its limit, and can't be written")
+        if self.nr_dirty < self.limits[1]:
+            return
+        failed = next((other for other in self._inodes if other.failed_at is not None), None)
+        if failed is not None:
+            raise inode.error(failed.write_errno, "dirty memory is at its limit, and can't be written")
 
     def balance_dirty_pages(self, n: int) -> None:
         """A writer has dirtied n bytes: perhaps it has to wait (balance_dirty_pages_ratelimited)."""

@@ -352,7 +352,7 @@ def test_an_unlinked_file_lives_until_its_last_user_goes():
 
 
 def test_files_of_the_host_are_open_while_they_are_used_or_dirty():
-    """Whatever becomes of their names; not for what is only cached; and only so many dirty ones: the first are written."""
+    """Whatever becomes of their names; not if only cached; and only so many dirty ones: the first are written."""
     kernel, disk = boot({f"f{n}": TEXT[:PAGE] for n in range(50)})
     kernel.vfs._most_dirty_unused = 20
     for n in range(50):
