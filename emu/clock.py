@@ -50,12 +50,16 @@ class StepClock:
         self._now = max(self._now, t)
 
 
+def _check_speed(speed: float) -> None:
+    if not 0.001 <= speed <= 1e6:
+        raise BadValue(f"speed {speed!r} must be from 0.001 to 1000000 (1 is real time), or step")
+
+
 class ScaledClock:
     """The wall's clock, `speed` times as fast."""
 
     def __init__(self, speed: float = 1.0) -> None:
-        if not 0.001 <= speed < math.inf:
-            raise BadValue(f"speed {speed!r} must be at least 0.001 (1 is real time)")
+        _check_speed(speed)
         # (guest time, the wall's time at it or None while it stands still, speed): replaced whole, so that another
         # thread's now() never sees half of a change
         self._anchor: tuple[float, float | None, float] = (0.0, time.monotonic(), speed)
@@ -93,8 +97,7 @@ class ScaledClock:
 
     def set_speed(self, speed: float) -> None:
         """Go on from now at another speed. Raises BadValue."""
-        if not 0.001 <= speed < math.inf:
-            raise BadValue(f"speed {speed!r} must be at least 0.001 (1 is real time)")
+        _check_speed(speed)
         self._restart(self.now(), speed)
 
     def skip_to(self, t: float) -> None:

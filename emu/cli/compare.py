@@ -71,6 +71,9 @@ def compare(
     else:
         print_compare(rows, again(), Output())
     wrong = {row["label"]: row["corrupt_frames"] for row in rows if row["corrupt_frames"]}
+    failed = [row["label"] for row in rows if row["error"]]
+    if failed:
+        raise EmuError(f"the guest failed under {', '.join(failed)}")
     if wrong:
         raise EmuError("frames held wrong bytes: " + ", ".join(f"{n} under {label}" for label, n in wrong.items()))
     return 0

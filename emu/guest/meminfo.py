@@ -1,4 +1,7 @@
-"""What the guest tells its host of its memory: virtio-balloon's statistics (update_balloon_stats, Linux 6.1)."""
+"""What the guest tells its host of its memory: virtio-balloon's statistics (update_balloon_stats).
+
+All 16 tags of a current kernel; Linux 6.1 had the first ten, and the last six came after it.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -11,6 +11,7 @@ A directory's paths are resolved by the host's kernel below the root and nowhere
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import stat
 from collections.abc import Callable
@@ -32,9 +33,8 @@ def _counters() -> dict[str, int]:
     return dict.fromkeys((f"disk_{name}" for name in _COUNTERS), 0)
 
 
-def _magic(fd: int) -> str | None:
-    # os.fstatvfs has no f_type; the mount's type is what /proc says of its device
-    device = os.fstat(fd).st_dev
+@functools.lru_cache(maxsize=64)
+def _filesystem_of(device: int) -> str | None:
     wanted = f"{os.major(device)}:{os.minor(device)}"
     with contextlib.suppress(OSError), open("/proc/self/mountinfo") as mounts:
         for line in mounts:
@@ -42,6 +42,11 @@ def _magic(fd: int) -> str | None:
             if fields[2] == wanted:
                 return fields[fields.index("-") + 1]
     return None
+
+
+def filesystem(fd: int) -> str | None:
+    """Return the type of the file system that an open file is on, as mountinfo has it; None: it can't be told."""
+    return _filesystem_of(os.fstat(fd).st_dev)  # os.fstatvfs has no f_type
 
 
 class HostFile:
@@ -55,10 +60,9 @@ class HostFile:
         self._buffered_writes = False
         status = os.fstat(fd)
         self.key = (status.st_dev, status.st_ino)
-        self.access = "direct" if self._go_direct(align) else "buffered"
-        if self.access == "buffered":
-            if _magic(fd) == _TMPFS:
-                self.access = "memory"
+        # tmpfs takes the flag since 6.6, and is memory all the same
+        self.access = "memory" if filesystem(fd) == _TMPFS else "direct" if self._go_direct(align) else "buffered"
+        if self.access != "direct":
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no readahead of the host's
 
     def _go_direct(self, align: tuple[int, int]) -> bool:
@@ -168,7 +172,8 @@ class DirectoryDisk:
             raise BadValue(f"disk {str(root)!r} can't be opened as a directory: {error.strerror}") from None
 
     def __repr__(self) -> str:
-        return f"<DirectoryDisk {str(self.root)!r}{', read-only' if self.read_only else ''}>"
+        kind = filesystem(self._fd) if self._fd >= 0 else "closed"
+        return f"disk {self.root} ({kind}{', read-only' if self.read_only else ''})"
 
     def _open_fd(self, path: str, flags: int) -> tuple[int, tuple[int, int]]:
         if "\0" in path:
@@ -257,7 +262,7 @@ class ImageDisk:
             raise BadValue(f"disk image {str(path)!r} can't be opened: {error.strerror}") from None
 
     def __repr__(self) -> str:
-        return f"<ImageDisk {str(self.path)!r}{', read-only' if self.read_only else ''}>"
+        return f"disk image {self.path}{' (read-only)' if self.read_only else ''}"
 
     def open(self, path: str, *, write: bool = False, create: bool = False, exclusive: bool = False) -> HostFile:
         if path != _IMAGE:

@@ -34,9 +34,9 @@ class Phase:
     disk_read_bytes: int
     disk_written_bytes: int
     refaults: int
-    #: bytes by stage, and along each arrow (from, to, bytes) since the machine started
+    #: bytes by stage; and along each arrow since the machine started: from, to, bytes
     stages: dict[str, int]
-    flows: tuple[tuple[str, str, int], ...]
+    flows_since_start: tuple[dict[str, Any], ...]
 
     @classmethod
     def of(cls, name: str, s: Snapshot) -> "Phase":
@@ -56,7 +56,9 @@ class Phase:
             disk_written_bytes=s.counters["disk_written_bytes"],
             refaults=s.counters["guest_workingset_refault_file"],
             stages={LABELS[stage]: size for stage, size in s.stages.items()},
-            flows=tuple((LABELS[f.source], LABELS[f.target], f.frames * FRAME_SIZE) for f in s.flows),
+            flows_since_start=tuple(
+                {"from": LABELS[f.source], "to": LABELS[f.target], "bytes": f.frames * FRAME_SIZE} for f in s.flows
+            ),
         )
 
     @property

@@ -25,7 +25,11 @@ def _foot(result: RunResult) -> list[str]:
     service = machine["service"]
     where = "any core" if machine["service_cpu"] is None else f"core {machine['service_cpu']}"
     faults = f"faults {_served(service, where)}"
-    settings = ",".join(f"{key}={value}" for key, value in result.settings.items() if value is not None)
+    settings = ",".join(
+        f"{key}={'yes' if value is True else 'no' if value is False else value}"
+        for key, value in result.settings.items()
+        if value is not None
+    )
     pcp = result.phases[-1].guest_pcp_bytes
     lines = [
         f"mechanism {result.mechanism}{' (' + settings + ')' if settings else ''}, return {machine['on_return']}; "
@@ -33,7 +37,8 @@ def _foot(result: RunResult) -> list[str]:
         f"1 run, {result.seconds:.1f} s",
         f"Linux {env['kernel']}, {env['cpus']} cores; userfaultfd {machine['uffd']}; {faults}, "
         f"fault_around {machine['fault_around']}",
-        "RSS, LazyFree: kernel (smaps). footprint = RSS + the host's tables. "
+        "used: what dropping caches doesn't give back. RSS, LazyFree: kernel (smaps). footprint = RSS + the host's "
+        "tables; bloat = footprint / used. "
         f"RSS minus our books: {result.books_difference}",
         f"{result.verified_frames:,} frames checked, {result.corrupt_frames} wrong; "
         f"{result.counters['pgfault']:,} faults, {result.counters['discard_frames']:,} frames discarded",
@@ -41,8 +46,9 @@ def _foot(result: RunResult) -> list[str]:
     disk = {name: result.counters.get(f"disk_{name}_bytes", 0) for name in ("read", "written", "direct", "buffered")}
     if disk["read"] or disk["written"]:
         lines.append(
-            f"disk: {mib_text(disk['read'])} MiB read, {mib_text(disk['written'])} written; past the host's cache "
-            f"(O_DIRECT) {mib_text(disk['direct'])}, through it and dropped behind {mib_text(disk['buffered'])}; "
+            f"{', '.join(machine['disks']) or 'no disk'}: {mib_text(disk['read'])} MiB read, "
+            f"{mib_text(disk['written'])} written; past the host's cache (O_DIRECT) {mib_text(disk['direct'])}, "
+            f"through it and dropped behind {mib_text(disk['buffered'])}; "
             f"{result.counters['guest_workingset_refault_file']:,} refaults"
         )
     if pcp:
@@ -67,28 +73,35 @@ def _foot(result: RunResult) -> list[str]:
     return lines
 
 
-# column: heading, unit, text of a phase. Those at the end of _EXPENDABLE go first on a narrow terminal.
-_COLUMNS: dict[str, tuple[str, Callable[[Phase], str]]] = {
-    "t": ("h:m:s", lambda p: seconds_text(p.t)),
-    "used": ("MiB", lambda p: mib_text(p.guest_used_bytes)),
-    "cached": ("MiB", lambda p: mib_text(p.guest_cached_bytes)),
-    "free": ("MiB", lambda p: mib_text(p.guest_free_bytes)),
-    "RSS": ("MiB", lambda p: mib_text(p.rss_bytes)),
-    "LazyFree": ("MiB", lambda p: mib_text(p.lazyfree_bytes)),
-    "footprint": ("MiB", lambda p: mib_text(p.footprint_bytes)),
-    "bloat": ("x", lambda p: "-" if p.bloat is None else f"{p.bloat:.2f}"),
-    "read": ("MiB", lambda p: mib_text(p.disk_read_bytes)),
+# column: heading, unit, text of a phase, given the one before. Those at the end of _EXPENDABLE go first on a narrow
+# terminal.
+_COLUMNS: dict[str, tuple[str, Callable[[Phase, Phase | None], str]]] = {
+    "t": ("h:m:s", lambda p, before: seconds_text(p.t)),
+    "used": ("MiB", lambda p, before: mib_text(p.guest_used_bytes)),
+    "cached": ("MiB", lambda p, before: mib_text(p.guest_cached_bytes)),
+    "per-CPU": ("MiB", lambda p, before: mib_text(p.guest_pcp_bytes)),
+    "balloon": ("MiB", lambda p, before: mib_text(p.guest_ballooned_bytes)),
+    "free": ("MiB", lambda p, before: mib_text(p.guest_free_bytes)),
+    "RSS": ("MiB", lambda p, before: mib_text(p.rss_bytes)),
+    "LazyFree": ("MiB", lambda p, before: mib_text(p.lazyfree_bytes)),
+    "footprint": ("MiB", lambda p, before: mib_text(p.footprint_bytes)),
+    "bloat": ("x", lambda p, before: "-" if p.bloat is None else f"{p.bloat:.2f}"),
+    "read": ("MiB", lambda p, before: mib_text(p.disk_read_bytes - (before.disk_read_bytes if before else 0))),
 }
-_EXPENDABLE = ("LazyFree", "free", "footprint", "bloat", "t", "read")
+_EXPENDABLE = ("LazyFree", "free", "per-CPU", "balloon", "footprint", "bloat", "t", "read")
 
 
 def _unused(phases: list[Phase]) -> set[str]:
-    # columns that would be all zeros
+    # columns that would be all zeros, or that nobody asks for without a page cache
     unused = set()
     if not any(p.lazyfree_bytes for p in phases):
         unused.add("LazyFree")
+    if not any(p.guest_ballooned_bytes for p in phases):
+        unused.add("balloon")
     if not any(p.guest_cached_bytes or p.disk_read_bytes for p in phases):
-        unused |= {"cached", "free", "read"}
+        unused |= {"cached", "read"}
+        if "balloon" in unused:
+            unused |= {"free", "per-CPU"}
     return unused
 
 
@@ -100,8 +113,8 @@ def stage_lines(phases: list[Phase]) -> tuple[list[str], list[list[str]]]:
 
 def flow_text(before: Phase | None, now: Phase) -> str:
     """Return what went along the arrows between two phases, in MiB; arrows without any are left out."""
-    then = {} if before is None else {(a, b): size for a, b, size in before.flows}
-    moved = [(a, b, size - then.get((a, b), 0)) for a, b, size in now.flows]
+    then = {} if before is None else {(f["from"], f["to"]): f["bytes"] for f in before.flows_since_start}
+    moved = [(f["from"], f["to"], f["bytes"] - then.get((f["from"], f["to"]), 0)) for f in now.flows_since_start]
     return ", ".join(f"{a} -> {b} {mib_text(size)}" for a, b, size in moved if size > 0)
 
 
@@ -112,7 +125,11 @@ def print_run(result: RunResult, console: Console) -> None:
     rows: list[list[str]] = []
 
     def layout() -> int:
-        rows[:] = [[p.name, *(text(p) for _, text in columns.values())] for p in result.phases]
+        befores = [None, *result.phases[:-1]]
+        rows[:] = [
+            [p.name, *(text(p, before) for _, text in columns.values())]
+            for p, before in zip(result.phases, befores, strict=True)
+        ]
         heads = ["phase", *columns]
         return sum(max(len(row[i]) for row in [heads, *rows]) + 1 for i in range(len(heads))) - 1
 

@@ -74,25 +74,29 @@ class Cache:
 
     def steps(self, machine: Machine) -> Iterator[Step]:
         tree = self.tree
+        if self.memory > machine.guest.ram_bytes:
+            raise BadValue(
+                f"memory {format_size(self.memory)} is more than the RAM, {format_size(machine.guest.ram_bytes)}"
+            )
         tree.mount(machine)
         memory = machine.guest.spawn("app").mmap(self.memory)
         memory.fill(seed=self.seed)
         yield Step(f"boot, {format_size(self.memory)} of its own")
         tree.read(machine, tree.files)
-        yield Step(f"read {tree}")
+        yield Step(f"1: read {tree}")
         working_set = tree.first(self.working_set)
-        yield from self._use(machine, working_set)
+        yield from self._use(machine, working_set, 1)
         tree.read(machine, tree.files)
-        yield Step("read all again")
-        yield from self._use(machine, working_set)
+        yield Step("2: read all again")
+        yield from self._use(machine, working_set, 2)
         self._memory_checked = memory.pages
         self._memory_wrong = len(memory.verify(seed=self.seed))
 
-    def _use(self, machine: Machine, working_set: list[Any]) -> Iterator[Step]:
+    def _use(self, machine: Machine, working_set: list[Any], number: int) -> Iterator[Step]:
         if not self.hold:
             return
         if not working_set:
-            yield Step(f"idle for {self.hold:g} s", wait=self.hold)
+            yield Step(f"{number}: idle, {self.hold:g} s", wait=self.hold)
             return
         start = machine.clock.now()
         end = start + self.hold
@@ -100,10 +104,10 @@ class Cache:
         at = start + self.every
         while at <= end:
             if half is not None and at > half:
-                yield Step(f"working set, {self.hold / 2:g} s", wait=max(half - machine.clock.now(), 0.0))
+                yield Step(f"{number}: working set, {self.hold / 2:g} s", wait=max(half - machine.clock.now(), 0.0))
                 half = None
             # on time, whatever the reading before it took
             yield Step.pause(at - machine.clock.now())
             self.tree.read(machine, working_set)
             at += self.every
-        yield Step(f"working set, {self.hold:g} s", wait=max(end - machine.clock.now(), 0.0))
+        yield Step(f"{number}: working set, {self.hold:g} s", wait=max(end - machine.clock.now(), 0.0))

@@ -7,6 +7,7 @@ block.
 
 import os
 import random
+import shutil
 import struct
 import tempfile
 import time
@@ -106,6 +107,9 @@ class Fio:
 
     def steps(self, machine: Machine) -> Iterator[Step]:
         with tempfile.TemporaryDirectory(prefix="emu-fio-", dir=self.folder) as scratch:
+            room = shutil.disk_usage(scratch).free
+            if self.size > room:
+                raise BadValue(f"fio size {format_size(self.size)}: {scratch} has {format_size(room)} free")
             machine.add_disk(scratch, "")
             rng = random.Random(self.seed)
             file = machine.guest.open("data", "w")

@@ -56,7 +56,7 @@ class Tree:
             if size:
                 self.files.append(TreeFile(path, size, digest))
         if not self.files:
-            raise BadValue(f"path {str(self.path)!r} holds no file that can be read")
+            raise BadValue(f"path {str(self.path)!r} holds no file with anything in it that can be read")
 
     def _digest(self, path: str) -> bytes:
         with open(self.path / path, "rb", buffering=0) as file:
@@ -94,15 +94,20 @@ class Tree:
             except GuestIOError:
                 self.unreadable.append(file.path)
                 continue
-            frames = -(-file.size // FRAME_SIZE)
-            if digest.digest() == file.digest:
-                self.verified_frames += frames
-            elif self._changed(file):
-                self.changed.append(file.path)
-            else:
-                self.verified_frames += frames
-                self.corrupt_frames += frames
+            self.check(file, digest.digest())
         return total
+
+    def check(self, file: TreeFile, digest: bytes) -> bool:
+        """Count a file's frames as checked, and as wrong if its digest is; False if the host's file was changed
+        since."""
+        frames = -(-file.size // FRAME_SIZE)
+        if digest != file.digest:
+            if self._changed(file):
+                self.changed.append(file.path)
+                return False
+            self.corrupt_frames += frames
+        self.verified_frames += frames
+        return True
 
     def _changed(self, file: TreeFile) -> bool:
         # somebody may have written it on the host since
