@@ -334,10 +334,11 @@ def _chain(state: LiveState, s: Snapshot) -> list[Text]:
         if i:
             before = s.chain[i - 1]
             there, back = flows.pop((before, stage), _NO_ARROW), flows.pop((stage, before), _NO_ARROW)
-            parts.append((_drawn(there, right) + _drawn(back, left) + " ", "yellow"))
+            # the way back only when something goes it
+            parts.append((_drawn(there, right) + (_drawn(back, left) if (back or 0) > 0 else "") + " ", "yellow"))
         parts.append((f" {_name(stage)} ", "dim"))
         parts.append((_short(s.stages[stage]), "bold"))
-    others = [f"{_name(a)}{right}{_name(b)} {_mib_rate(n)}" for (a, b), n in flows.items() if n != 0]
+    others = [f"{_name(a)}{right}{_name(b)} {_mib_rate(n)}" for (a, b), n in flows.items() if n]
     text = "  ".join(others) if others else "nothing else flows"
     return [_line(parts), _line([(f" {text}  (MiB/s of guest time)", "dim")])]
 

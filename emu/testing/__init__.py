@@ -2,7 +2,8 @@
 
 rss_delta measures what a piece of code does to the residency of a buffer, a mapping, a GuestRam or a process; the
 pytest plugin of this package gives it as a fixture to every project that has emu installed. BytesMemory and
-ReferenceMemory stand in for a GuestRam where no fault is wanted; StepClock is the clock that tests step.
+ReferenceMemory stand in for a GuestRam where no fault is wanted, MemoryDisk for a disk whose operations are to be
+watched or to fail; StepClock is the clock that tests step.
 """
 
 from emu.clock import StepClock

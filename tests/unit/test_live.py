@@ -51,7 +51,7 @@ def test_the_view_at_80_by_24(machine):
     assert (cells.count("A"), cells.count(".")) == (64, 192)
     assert seen[3].endswith("━")
     assert any("A anonymous" in line and "F free, resident" in line and ". not resident" in line for line in seen)
-    assert seen[12] == " anon 16.0M  dirty 0  act 0 →- ←-  inact 0 →-  free 0 →-  host 48.0M"
+    assert seen[12] == " anon 16.0M  dirty 0 →-  act 0 →-  inact 0 →-  free 0 →-  host 48.0M"
     assert any(line.startswith(" worker requested, in 1.0 s") for line in seen)
     assert any("order 0-3" in line for line in seen)
     assert seen[-1] == " q quit  space pause  +/- speed  s one pass  m mechanism  ? help"
