@@ -104,7 +104,7 @@ struct emu_memmap_stats {
 };
 struct emu_memmap { struct emu_memmap_stats stats; ...; };
 struct emu_page_info { uint32_t space, index, mapcount; uint16_t flags, gen; uint8_t owner; };
-struct emu_space { uint32_t id; int64_t nr_pages, nr_dirty, nr_writeback; ...; };
+struct emu_space { uint32_t id; int64_t nr_pages, nr_dirty, nr_writeback, nr_shadows; ...; };
 struct emu_shrink {
 	uint64_t nr_to_scan; uint32_t *freed, *mapped;
 	uint64_t nr_scanned, nr_freed, nr_mapped, nr_dirty, nr_writeback, nr_activated, nr_kept, nr_deactivated;

@@ -224,7 +224,11 @@ class Inode:
         runs = kernel.alloc_frames(end - first, owner=None, retry=False)
         got = sum(count for _, count, _ in runs)
         if must and got <= required - first:
-            runs += kernel.alloc_frames(required + 1 - first - got, owner=None)
+            try:
+                runs += kernel.alloc_frames(required + 1 - first - got, owner=None)
+            except BaseException:
+                kernel.free_pages(_spans(runs))
+                raise
             got = sum(count for _, count, _ in runs)
         if got < end - first:
             if must and got <= required - first:
@@ -270,6 +274,7 @@ class Inode:
 
     def _shrunk_behind_our_back(self) -> None:
         self._kernel.vmstat["disk_file_shrunk"] += 1
+        self.stale = True
         self.disk_size, self.changed = self.disk_file().version()
         # the page with the new end in it, too
         beyond, _ = self.space.find(self.disk_size // FRAME_SIZE, self.pages, PageFlag.DIRTY, PageFlag.DIRTY)
@@ -353,17 +358,23 @@ class Inode:
     def truncate(self, size: int) -> None:
         """Cut or extend it, here and on the disk (vfs truncate). Raises GuestIOError."""
         self._kernel.vfs.check_size(self, size)
+        file = self.disk_file()
         try:
-            self.disk_file().truncate(size)
+            self._look_before_we_change(file)
+            file.truncate(size)
         except OSError as error:
             raise self.error(error.errno or errno.EIO, f"truncating it to {size} bytes failed") from error
-        self.disk_size, self.changed = self.disk_file().version()
+        self.disk_size, self.changed = file.version()
         if size < self.size:
             self._cut(size)
         else:
             self._clear_tail()
             self.space.resize(self._pages(size))
             self.size = size
+
+    def _look_before_we_change(self, file: DiskFile) -> None:
+        # Our change moves the time of change: what somebody else has changed before mustn't hide behind it.
+        self.stale = self.stale or file.version() != (self.disk_size, self.changed)
 
     def _clear_tail(self) -> None:
         # A shared mapping may have written beyond the end, into the last page: that isn't the file's, and mustn't
@@ -423,8 +434,12 @@ class Inode:
             mapping.unmap_file_pages(0, self.pages)
         if self.space.nr_dirty:  # ours stay, and will be written over what is there
             self.invalidate()
-            self.changed = changed
+            self.disk_size, self.changed = size, changed
+            self.size = max(self.size, size)
+            self.space.resize(self.pages)
             return
+        for mapping in self.mappings:
+            mapping.unmap_file_pages(self._pages(size), self.pages, even_cows=True)
         self._free(self.space.remove(0, self.pages, Remove.TRUNCATE))
         self.disk_size, self.changed = size, changed
         self.space.resize(self._pages(size))
@@ -453,8 +468,8 @@ class Inode:
                 written += n
         finally:
             self._busy = False
-        kernel.vmstat["pgpgout"] += written * (FRAME_SIZE // 1024)
-        kernel.vmstat["nr_written"] += written
+            kernel.vmstat["pgpgout"] += written * (FRAME_SIZE // 1024)
+            kernel.vmstat["nr_written"] += written
         if not space.nr_dirty:
             kernel.writeback.cleaned(self)
         return written
@@ -463,14 +478,16 @@ class Inode:
         space = self.space
         start = index * FRAME_SIZE
         data = self._kernel.bounce[: min(n * FRAME_SIZE, self.size - start)]
+        file = self.disk_file()
         # clean before it is read: a write from now on makes it dirty again (clear_page_dirty_for_io)
         space.flag(index, index + n, PageFlag.WRITEBACK, PageFlag.DIRTY)
         try:
             self._kernel.memory.readv(frames, 0, data)
-            file = self.disk_file()
-            # our write changes the time of change: what somebody else changed before must not hide behind it
-            self.stale = self.stale or file.version() != (self.disk_size, self.changed)
-            file.write(start, data)
+            self._look_before_we_change(file)
+            try:
+                file.write(start, data)
+            finally:  # also of a write that was half done
+                self.disk_size, self.changed = file.version()
         except BaseException as error:
             space.flag(index, index + n, PageFlag.DIRTY, PageFlag.WRITEBACK)
             if not isinstance(error, OSError | GuestMemoryError):
@@ -483,7 +500,6 @@ class Inode:
             raise self.error(self.write_errno, "writing it back failed", start) from error
         self.failed_at = None
         space.flag(index, index + n, 0, PageFlag.WRITEBACK)
-        self.disk_size, self.changed = file.version()
 
     def sync(self) -> None:
         """Write all dirty pages and wait for the disk. Raises GuestIOError."""

@@ -265,7 +265,7 @@ class Space:
     @property
     def nr_pages(self) -> int:
         """Pages in the cache."""
-        return int(self.native.nr_pages)
+        return int(self.native.nr_pages) if self.native else 0  # none after close()
 
     @property
     def nr_dirty(self) -> int:
@@ -276,6 +276,11 @@ class Space:
     def nr_writeback(self) -> int:
         """Those that are being written."""
         return int(self.native.nr_writeback)
+
+    @property
+    def nr_shadows(self) -> int:
+        """Shadows that evicted pages have left."""
+        return int(self.native.nr_shadows)
 
     def resize(self, pages: int) -> None:
         """Make room for so many pages. Beyond that none may be cached."""

@@ -93,6 +93,8 @@ class Vfs:
 
     def _find(self, path: str, *, write: bool, create: bool, exclusive: bool) -> Inode:
         disk, inside = self._resolve(path)
+        if write and len(self._dirty_unused) > 2 * self._most_dirty_unused:
+            raise GuestIOError(errno.ENFILE, path, "opening it: so many dirty files wait for a disk that fails")
         try:
             file = disk.open(inside, write=write or create, create=create, exclusive=exclusive)
         except OSError as error:
@@ -109,6 +111,7 @@ class Vfs:
             inode.cache_key = key
             self.inodes[key] = self._by_space[inode.space.id] = inode
             return inode
+        self._dirty_unused.pop(inode, None)
         inode.unlinked = False  # the host has given it a name again
         inode.revalidate(file)
         inode.path = path
@@ -145,14 +148,14 @@ class Vfs:
         if inode.unlinked:
             inode.drop()
         self.written(inode)
-        if not inode.space.nr_pages:
+        if not inode.space.nr_pages and (inode.unlinked or not inode.space.nr_shadows):
             self._forget(inode)
         elif inode.file is not None:
             self._dirty_unused[inode] = None
-            while len(self._dirty_unused) > self._most_dirty_unused:
-                first = next(iter(self._dirty_unused))
-                del self._dirty_unused[first]
-                self._kernel.writeback.write_out(first)
+            for first in list(self._dirty_unused)[: -self._most_dirty_unused]:
+                self._kernel.writeback.write_out(first)  # and written() takes it out; or it couldn't be
+                if first in self._dirty_unused:
+                    self._dirty_unused[first] = self._dirty_unused.pop(first)
 
     def unmapped(self, inode: Inode) -> None:
         """A mapping of an inode is gone."""
@@ -247,7 +250,8 @@ class Vfs:
         if what & 2:
             self._kernel.vmstat["drop_slab"] += 1
             for inode in list(self.inodes.values()):
-                self._release(inode)
+                if not (inode.space.nr_pages or inode.openers or inode.mappings):
+                    self._forget(inode)
         if what != 4:
             self._kernel.drain_pages()
         return freed
@@ -261,7 +265,7 @@ class Vfs:
                 inode.sync()
             except GuestIOError as error:
                 first = first or error
-            else:
+            finally:
                 self.written(inode)
         if first is not None:
             raise first

@@ -142,9 +142,9 @@ class Writeback:
             self._writing = False
         return written
 
-    def write_out(self, inode: "Inode") -> None:
-        """Write one inode, whatever its age; an error stays with it."""
-        self._write(lambda other: other is inode, lambda: True)
+    def write_out(self, inode: "Inode") -> int:
+        """Write one inode, whatever its age; an error stays with it. Returns the pages."""
+        return self._write(lambda other: other is inode, lambda: True)
 
     def wakeup_flusher(self) -> int:
         """Reclaim has met nothing but dirty pages: write some (wakeup_flusher_threads); return the pages."""
@@ -154,15 +154,22 @@ class Writeback:
     # ---- writers
 
     def check_limit(self, inode: "Inode") -> None:
-        """Raise GuestIOError if dirty memory is at its limit and the disk doesn't take any of it."""
-        if self._writing or self.nr_dirty < self.limits[1]:
+        """Raise GuestIOError if dirty memory is at its limit and the inode's disk doesn't take any of it."""
+        if self._writing or self.nr_dirty < self._most():
             return
-        self._write(lambda inode: True, lambda: self.nr_dirty >= self.limits[1])
-        if self.nr_dirty < self.limits[1]:
+        self._write(lambda other: True, lambda: self.nr_dirty >= self._most())
+        if self.nr_dirty < self._most():
             return
-        failed = next((other for other in self._inodes if other.failed_at is not None), None)
-        if failed is not None:
-            raise inode.error(failed.write_errno, "dirty memory is at its limit, and can't be written")
+        disk = inode.cache_key[0]
+        for failed in [i for i in self._inodes if i.failed_at is not None and i.cache_key[0] == disk]:
+            failed.failed_at = None  # perhaps it works again
+            if not self.write_out(failed) and failed.failed_at is not None:
+                raise inode.error(failed.write_errno, "dirty memory is at its limit, and can't be written")
+            return
+
+    def _most(self) -> int:
+        # in a guest whose memory is all anonymous the limit is nothing at all: a writer gets on by small steps
+        return max(self.limits[1], _RATELIMIT)
 
     def balance_dirty_pages(self, n: int) -> None:
         """A writer has dirtied n bytes: perhaps it has to wait (balance_dirty_pages_ratelimited)."""

@@ -73,6 +73,7 @@ class Balloon:
                 "balloon_inflate_requests",
                 "balloon_inflate_pfns",
                 "balloon_inflate_ignored",
+                "balloon_inflate_taken",
                 "balloon_inflate_partial",
                 "balloon_deflate_requests",
                 "balloon_hints",
@@ -119,7 +120,7 @@ class Balloon:
             return
         ranges = Ranges.of_frames(sorted(set(valid))) if self.host_page == FRAME_SIZE else self._whole_pages(valid)
         if len(ranges):
-            self._discard.frames(ranges)
+            self.counters["balloon_inflate_taken"] += self._discard.frames(ranges)
 
     def _whole_pages(self, pfns: Sequence[int]) -> Ranges:
         # balloon_inflate_page() with a PartiallyBalloonedPage

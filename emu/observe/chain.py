@@ -24,6 +24,8 @@ class Arrow:
     source: Stage
     target: Stage
     counters: tuple[str, ...]
+    #: those that count another way, too
+    less: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +61,17 @@ GUEST_ARROWS = (
     _moved(Stage.ACTIVE, Stage.FREE, "active_free"),
     _moved(Stage.DIRTY, Stage.FREE, "dirty_free"),
     Arrow(Stage.HOST_OWNED, Stage.FREE, ("copy_frames", "install_frames")),
-    Arrow(Stage.FREE, Stage.HOST_OWNED, ("discard_frames",)),
+    Arrow(Stage.FREE, Stage.HOST_OWNED, ("discard_frames", "lazydrop_frames"), ("balloon_inflate_taken",)),
 )
 
 
 def flows(arrows: tuple[Arrow, ...], counters: Mapping[str, int]) -> tuple[Flow, ...]:
     """Return what has gone along each arrow."""
     return tuple(
-        Flow(arrow.source, arrow.target, sum(counters.get(name, 0) for name in arrow.counters)) for arrow in arrows
+        Flow(
+            arrow.source,
+            arrow.target,
+            sum(counters.get(name, 0) for name in arrow.counters) - sum(counters.get(name, 0) for name in arrow.less),
+        )
+        for arrow in arrows
     )

@@ -22,6 +22,7 @@ class MemoryFile:
     def __init__(self, disk: "MemoryDisk", path: str, *, writable: bool) -> None:
         self._disk = disk
         self._path = path
+        self._content = disk.files[path]  # which an unlink leaves to us
         self.writable = writable
         self.key = (1, disk.numbers[path])
 
@@ -29,7 +30,7 @@ class MemoryFile:
         self._disk.log.append((op, self._path, offset))
         if self._disk.before is not None and (code := self._disk.before(op, self._path, offset)):
             raise OSError(code, os.strerror(code))
-        return self._disk.files[self._path]
+        return self._content
 
     def read(self, offset: int, into: memoryview) -> int:
         part = self._begin("read", offset)[offset : offset + len(into)]
@@ -61,7 +62,7 @@ class MemoryFile:
         self._begin("sync", 0)
 
     def version(self) -> tuple[int, int]:
-        return len(self._disk.files[self._path]), self._disk.versions[self._path]
+        return len(self._content), self._disk.versions[self._path]
 
     def close(self) -> None:
         self._disk.log.append(("close", self._path, 0))

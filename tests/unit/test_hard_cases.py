@@ -8,7 +8,7 @@ import resource
 import pytest
 
 from emu.clock import StepClock
-from emu.errors import GuestIOError, OomKilled
+from emu.errors import GuestError, GuestIOError, OomKilled
 from emu.guest.kernel import GuestKernel
 from emu.guest.page import Lru, Owner
 from emu.host.disk import DirectoryDisk
@@ -285,3 +285,160 @@ def test_a_file_of_more_pages_than_an_index_counts_is_refused():
     for act in (lambda: file.truncate(1 << 44), lambda: file.write(1 << 43, b"x")):
         with pytest.raises(GuestIOError, match="File too large"):
             act()
+
+
+def test_a_fill_that_had_some_frames_when_its_process_was_killed():
+    """What readahead had got by then goes back."""
+    kernel = boot(MemoryDisk({"f": bytes(8 * MIB)}))
+    process = kernel.spawn("a")
+    process.mmap("2MiB").touch()
+    with kernel.open("f") as file:
+        mapping = process.mmap(8 * MIB, file=file)
+    keeper = kernel.spawn("keeper")
+    keeper.oom_score_adj = -1000
+    memory = keeper.mmap(kernel.free_bytes)
+    above_min = sum(zone.headroom(zone.watermarks.min, reserve=True) for zone in kernel.zones)
+    memory.touch(0, (above_min - 8) * PAGE)
+    with pytest.raises(OomKilled):
+        mapping.read(100 * PAGE, 1)
+    every_frame_is_accounted_for(kernel)
+
+
+def test_no_change_of_ours_hides_one_of_the_hosts():
+    """A shorter file that is found so, and a truncate, aren't the host's last word."""
+    disk = MemoryDisk({"f": b"o" * (8 * PAGE)})
+    kernel = boot(disk)
+    for change in (lambda file: file.read(7 * PAGE, 1), lambda file: file.truncate(6 * PAGE)):
+        file = kernel.open("f", "r+")
+        file.read(0, 4 * PAGE)
+        disk.files["f"][:] = b"N" * (5 * PAGE)
+        disk.changed("f")
+        change(file)
+        with kernel.open("f") as again:
+            assert again.read(0, 4) == b"NNNN"
+        disk.files["f"][:] = b"o" * (8 * PAGE)
+        disk.changed("f")
+        file.close()
+
+
+def test_a_file_that_grew_on_the_host_while_it_was_dirty_here():
+    """Ours is written over what is there, and nothing else is."""
+    disk = MemoryDisk({"f": b"o" * (4 * PAGE)})
+    kernel = boot(disk)
+    file = kernel.open("f", "r+")
+    file.write(0, b"ours")
+    disk.files["f"] += b"A" * (4 * PAGE)
+    disk.changed("f")
+    with kernel.open("f", "r+") as again:
+        assert again.size == 8 * PAGE
+        assert again.read(5 * PAGE, 4) == b"AAAA"
+        again.write(7 * PAGE + 10, b"x")
+    kernel.sync()
+    expected = b"ours" + b"o" * (4 * PAGE - 4) + b"A" * (3 * PAGE + 10) + b"x" + b"A" * (PAGE - 11)
+    assert disk.files["f"] == expected
+    with kernel.open("f") as again:
+        again.read(0, 8)
+    assert kernel.vmstat["disk_file_changed"] == 1
+
+
+def test_descriptors_are_few_when_the_disk_fails_too():
+    """They are kept, since the bytes are; and then no more files are opened for writing."""
+    disk = MemoryDisk({"ok": b"fine"}, capacity=4)
+    kernel = boot(disk)
+    kernel.vfs._most_dirty_unused = 5
+    with pytest.raises(GuestIOError, match="wait for a disk that fails") as caught:
+        for n in range(100):
+            with kernel.open(f"f{n}", "x") as file:
+                file.write(0, b"dirty")
+    assert caught.value.errno == errno.ENFILE
+    assert sum(inode.file is not None for inode in kernel.vfs.inodes.values()) == 11
+    assert kernel.open("ok").read(0, 4) == b"fine"
+    disk.capacity = None
+    kernel.sync()
+    assert all(content == b"dirty" for name, content in disk.files.items() if name != "ok")
+    assert all(inode.file is None for inode in kernel.vfs.inodes.values() if inode.path != "ok")
+    kernel.open("f0", "r+").close()
+
+
+def test_a_failing_disk_is_nothing_to_another_one():
+    """Not even in a guest whose memory is all used, so that nothing may be dirty; and it is tried again when it
+    counts."""
+    bad, good = MemoryDisk({"f": b""}, capacity=0), MemoryDisk({"g": b""})
+    kernel = boot(bad)
+    kernel.mount(good, "good")
+    file = kernel.open("f", "r+")
+    file.write(0, b"x" * PAGE)
+    with pytest.raises(GuestIOError):
+        file.fsync()
+    pin(kernel, 0)
+    with kernel.open("good/g", "r+") as other:
+        other.write(0, b"y" * (100 * PAGE))
+    bad.capacity = None
+    file.write(0, b"z" * PAGE)
+    file.write(PAGE, b"z" * (100 * PAGE))
+    kernel.sync()
+    assert bad.files["f"] == b"z" * (101 * PAGE)
+    assert good.files["g"] == b"y" * (100 * PAGE)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_shadows_outlive_the_close(closed):
+    """When a file was closed has nothing to do with how far its pages were from being kept."""
+    kernel = boot(MemoryDisk({"f": bytes(50 * PAGE)}))
+    file = kernel.open("f")
+    file.read(0, 50 * PAGE)
+    if not closed:
+        kernel.reclaim.proactive(50)
+    file.close()
+    if closed:
+        kernel.reclaim.proactive(50)
+    with kernel.open("f") as again:
+        again.read(0, 50 * PAGE)
+    assert kernel.memmap.stats.workingset_refault == 50
+    assert file.cached_bytes == 50 * PAGE
+    kernel.drop_caches(3)
+    assert kernel.vfs.inodes == {}
+    assert "0 pages cached" in repr(file.inode)
+
+
+def test_a_write_that_was_half_done_is_ours_all_the_same():
+    """The clean pages aren't dropped for it, and what was written counts."""
+    disk = MemoryDisk({"f": bytes(600 * PAGE)})
+    kernel = boot(disk)
+    file = kernel.open("f", "r+")
+    file.read(0, 600 * PAGE)
+    file.write(0, b"d" * (300 * PAGE))
+    disk.before = lambda op, path, offset: errno.EIO if op == "write" and offset else 0
+    with pytest.raises(GuestIOError):
+        file.fsync()
+    assert kernel.vmstat["nr_written"] == 256
+    disk.before = None
+    file.fsync()
+    kernel.open("f")
+    assert kernel.vmstat["disk_file_changed"] == 0
+    assert file.cached_bytes == 600 * PAGE
+
+
+def test_private_copies_beyond_an_end_that_the_host_has_cut():
+    disk = MemoryDisk({"f": b"o" * (8 * PAGE)})
+    kernel = boot(disk)
+    file = kernel.open("f")
+    mapping = kernel.spawn("a").mmap(8 * PAGE, file=file)
+    mapping.write(7 * PAGE, b"mine")
+    del disk.files["f"][PAGE:]
+    disk.changed("f")
+    kernel.open("f")
+    with pytest.raises(GuestError, match="SIGBUS"):
+        mapping.read(7 * PAGE, 4)
+    every_frame_is_accounted_for(kernel)
+
+
+def test_a_sync_that_fails_leaves_nothing_open():
+    disk = MemoryDisk({"f": b""})
+    kernel = boot(disk)
+    with kernel.open("f", "r+") as file:
+        file.write(0, b"x")
+    disk.before = lambda op, path, offset: errno.EIO if op == "sync" else 0
+    with pytest.raises(GuestIOError, match="fsync failed"):
+        kernel.sync()
+    assert all(inode.file is None for inode in kernel.vfs.inodes.values())
