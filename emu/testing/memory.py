@@ -3,6 +3,7 @@
 Both have the guest kernel's GuestMemory protocol and must show a guest the same bytes as a GuestRam does.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 from emu import _native
@@ -16,14 +17,16 @@ __all__ = ["BytesMemory", "ReferenceMemory"]
 _ZEROS = bytes(FRAME_SIZE)
 
 
-class _Vectored:
+class _Vectored(ABC):
     # readv and writev, in terms of read and write
 
+    @abstractmethod
     def read(self, gpa: int, n: int) -> bytes:
-        raise NotImplementedError
+        """Return n bytes from guest physical address gpa."""
 
+    @abstractmethod
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
-        raise NotImplementedError
+        """Write data at guest physical address gpa."""
 
     def readv(self, ranges: Ranges, skip: int, into: bytearray | memoryview) -> None:
         """Fill `into` from the ranges' frames, one after another, from byte `skip` of them on."""
