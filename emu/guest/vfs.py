@@ -140,7 +140,8 @@ class Vfs:
     def closed(self, inode: Inode) -> None:
         """One open file of an inode is closed."""
         inode.openers -= 1
-        self._release(inode)
+        if inode.cache_key in self.inodes:  # not so when the machine is closed before its files are
+            self._release(inode)
 
     def _release(self, inode: Inode) -> None:
         if inode.openers or inode.mappings:
