@@ -81,9 +81,8 @@ class Inode:
     def __init__(self, kernel: "GuestKernel", path: str, file: DiskFile) -> None:
         self._kernel = kernel
         self.kernel_lock = kernel.kernel_lock
-        #: the name that it was opened by, for messages and for opening it again
+        #: the name that it was opened by last, for messages
         self.path = path
-        self.key = file.key
         #: where the file system keeps it
         self.cache_key = (0, *file.key)
         self.access = file.access

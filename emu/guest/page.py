@@ -120,7 +120,7 @@ class Shrunk:
 _RANGES = ffi.typeof("struct emu_range[]")
 _MARKER = lib.EMU_LOOKUP_MARKER
 _RUNS = 1024  # of one lookup: four mebibytes in the worst case
-_FLAGS = ~0 & 0xFFF  # what PageFlag names
+_FLAGS = 0xFFF  # what PageFlag names; above it are memmap.h's own
 
 
 def _check(err: int, what: str) -> None:
