@@ -9,7 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from emu.errors import BadValue, RangeError
 
-__all__ = ["Ranges"]
+__all__ = ["Ranges", "runs_of"]
+
+
+def runs_of(frames: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Yield (frame, count) of neighbours, in the order given."""
+    for gfn, count, _ in Ranges.of_frames(frames):
+        yield gfn, count
 
 
 class Ranges:

@@ -27,7 +27,7 @@ as was set, by half every aging_seconds; down to a quarter of what was set. Refa
 from typing import TYPE_CHECKING
 
 from emu.errors import BadValue
-from emu.guest.inode import runs_of
+from emu.ranges import runs_of
 
 if TYPE_CHECKING:
     from emu.guest.kernel import GuestKernel

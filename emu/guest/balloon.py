@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Protocol
 from emu.guest.free_area import MAX_ORDER
 from emu.guest.meminfo import balloon_stats
 from emu.guest.page import Owner
-from emu.ranges import Ranges
+from emu.ranges import runs_of
 from emu.units import FRAME_SIZE
 from emu.virtio.balloon import (
     CMD_ID_DONE,
@@ -167,7 +167,7 @@ class BalloonDriver:
         pfns.reverse()
         self._queues.deflate(pfns)
         del self.pages[-n:]
-        self._kernel.free_pages((gfn, count) for gfn, count, _ in Ranges.of_frames(pfns))
+        self._kernel.free_pages(runs_of(pfns))
         self._kernel.vmstat["balloon_deflate"] += n
         self._config.actual = len(self.pages)
         return n

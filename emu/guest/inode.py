@@ -18,20 +18,20 @@ back short means that somebody has cut the file behind our back: then it is as l
 
 import errno
 from array import array
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from emu.errors import GuestError, GuestIOError, GuestMemoryError, OutOfMemory
 from emu.guest.page import Insert, Lookup, PageFlag, Remove, Space
+from emu.guest.pcp import spans
 from emu.guest.readahead import ReadaheadState, Window, next_window
-from emu.ranges import Ranges
+from emu.ranges import Ranges, runs_of
 from emu.units import FRAME_SIZE
 from emu.virtio.disk import DiskFile
 
 if TYPE_CHECKING:
     from emu.guest.kernel import GuestKernel
 
-__all__ = ["Inode", "runs_of"]
+__all__ = ["Inode"]
 
 _BATCH = 256  # pages of one disk request: the bounce buffer
 _WRITE_BATCH = 32  # pages that a writer dirties between two looks at the limits
@@ -45,12 +45,6 @@ class Maps(Protocol):
 
     def unmap_file_pages(self, first: int, end: int, *, even_cows: bool = False) -> None:
         """Take pages [first, end) of the file out of the page table, where they are the cache's own, or all of them."""
-
-
-def runs_of(frames: "array[int]") -> Iterator[tuple[int, int]]:
-    """Yield (frame, count) of neighbours, in the order given."""
-    for gfn, count, _ in Ranges.of_frames(frames):
-        yield gfn, count
 
 
 def _cut_at(ranges: Ranges, end: int) -> tuple[Ranges, list[tuple[int, int]]]:
@@ -69,8 +63,8 @@ def _place(runs: list[tuple[int, int, int]], index: int) -> Ranges:
     # Allocated runs as pages from `index` on. A run from a list's hot end may descend: its frames are taken ascending,
     # so that neighbours in the file are neighbours in memory.
     ranges = Ranges()
-    for frame, count, step in runs:
-        ranges.add(frame if step > 0 else frame - count + 1, count, index)
+    for frame, count in spans(runs):
+        ranges.add(frame, count, index)
         index += count
     return ranges
 
@@ -100,11 +94,11 @@ class Inode:
         self.dirtied_at: float | None = None
         #: errors of writeback: how many so far, and the last one's errno (errseq_t)
         self.write_errors = 0
+        self.write_errno = 0
         #: guest time of the last writeback, if it failed
         self.failed_at: float | None = None
         #: somebody has changed the file on the disk, and clean pages may be older
         self.stale = False
-        self.write_errno = 0
         self._busy = False
 
     def __repr__(self) -> str:
@@ -201,10 +195,10 @@ class Inode:
         end = min(window.start + window.count, self.pages)
         if window.start >= end:
             return
-        fresh = self.space.absent(window.start + window.count - window.marker, 1)
-        self._fill(window.start, end, required=required)
         marker = window.start + window.count - window.marker
-        if window.marker and marker < end and fresh:
+        marks = window.marker and marker < end and self.space.absent(marker, 1)
+        self._fill(window.start, end, required=required)
+        if marks:
             self.space.flag(marker, marker + 1, PageFlag.READAHEAD)
 
     def _fill(self, first: int, end: int, *, required: int = -1) -> None:
@@ -226,18 +220,13 @@ class Inode:
             try:
                 runs += kernel.alloc_frames(required + 1 - first - got, owner=None)
             except BaseException:
-                kernel.free_pages(_spans(runs))
+                kernel.free_pages(spans(runs))
                 raise
             got = sum(count for _, count, _ in runs)
         if got < end - first:
             if must and got <= required - first:
-                kernel.free_pages(_spans(runs))
-                raise OutOfMemory(
-                    f"page {required} of {self.path} found no frame: nothing could be reclaimed",
-                    order=0,
-                    wanted=required + 1 - first - got,
-                    free=kernel.free_bytes // FRAME_SIZE,
-                )
+                kernel.free_pages(spans(runs))
+                raise self._no_frame(required, required + 1 - first - got)
             end = first + got
             if not got:
                 return False
@@ -250,11 +239,16 @@ class Inode:
             kept, left = _cut_at(ranges, end)  # of what isn't in the file any more
             self.space.insert(kept)
         except BaseException as error:
-            kernel.free_after_failure(_spans(runs), error)
+            kernel.free_after_failure(spans(runs), error)
             raise
         kernel.free_pages(left)
         kernel.vmstat["pgpgin"] += (end - first) * (FRAME_SIZE // 1024)
         return True
+
+    def _no_frame(self, index: int, wanted: int) -> OutOfMemory:
+        free = self._kernel.free_bytes // FRAME_SIZE
+        what = f"page {index} of {self.path} found no frame: nothing could be reclaimed"
+        return OutOfMemory(what, order=0, wanted=wanted, free=free)
 
     def _read_disk(self, offset: int, view: memoryview) -> None:
         # the disk's bytes, and zeros where it has none
@@ -335,12 +329,7 @@ class Inode:
         runs = kernel.alloc_frames(pages, owner=None)
         got = sum(count for _, count, _ in runs)
         if not got:
-            raise OutOfMemory(
-                f"page {index} of {self.path} found no frame: nothing could be reclaimed",
-                order=0,
-                wanted=pages,
-                free=kernel.free_bytes // FRAME_SIZE,
-            )
+            raise self._no_frame(index, pages)
         ranges = _place(runs, index)
         try:
             kernel.memory.writev(ranges, 0, data[: got * FRAME_SIZE])
@@ -348,7 +337,7 @@ class Inode:
             self.space.resize(max(index + got, self.pages))
             self.space.insert(ranges, Insert.DIRTY | Insert.WRITE)
         except BaseException as error:
-            kernel.free_after_failure(_spans(runs), error)
+            kernel.free_after_failure(spans(runs), error)
             raise
         return got * FRAME_SIZE
 
@@ -378,9 +367,14 @@ class Inode:
     def _clear_tail(self) -> None:
         # A shared mapping may have written beyond the end, into the last page: that isn't the file's, and mustn't
         # become so when the file grows (pagecache_isize_extended).
+        if self.written_through_mappings:
+            self._zero_tail()
+
+    def _zero_tail(self) -> None:
+        # what lies beyond the file's end in its last page, if that is cached
         within = self.size % FRAME_SIZE
-        if within and self.written_through_mappings and self.space.cached(self.pages - 1, 1):
-            _, frames, _ = self.space.lookup(self.pages - 1, 1)
+        n, frames, _ = self.space.lookup(self.pages - 1, 1) if within else (0, Ranges(), False)
+        if n:
             self._kernel.memory.writev(frames, within, bytes(FRAME_SIZE - within))
 
     def _cut(self, size: int) -> None:
@@ -390,10 +384,7 @@ class Inode:
         self._free(self.space.remove(pages, self.pages, Remove.TRUNCATE))
         self.space.resize(pages)
         self.size = size
-        if size % FRAME_SIZE and self.space.cached(pages - 1, 1):  # what a later extension must not bring back
-            _, frames, _ = self.space.lookup(pages - 1, 1)
-            within = size % FRAME_SIZE
-            self._kernel.memory.writev(frames, within, bytes(FRAME_SIZE - within))
+        self._zero_tail()  # what a later extension must not bring back
         if not self.space.nr_dirty:
             self._kernel.writeback.cleaned(self)
 
@@ -511,7 +502,3 @@ class Inode:
             self.write_errors += 1
             self.write_errno = error.errno or errno.EIO
             raise self.error(self.write_errno, "fsync failed") from error
-
-
-def _spans(runs: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
-    return [(frame if step > 0 else frame - count + 1, count) for frame, count, step in runs]

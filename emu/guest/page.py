@@ -73,7 +73,6 @@ class Lookup(enum.IntFlag):
     MARK = lib.EMU_LOOKUP_MARK
     SKIP_FIRST = lib.EMU_LOOKUP_SKIP_FIRST
     READAHEAD = lib.EMU_LOOKUP_READAHEAD
-    BACKWARD = lib.EMU_LOOKUP_BACKWARD
 
 
 class Insert(enum.IntFlag):

@@ -16,6 +16,7 @@ from emu.guest.buddy import PAGEBLOCK_ORDER, Buddy, MigrateType
 from emu.guest.lock import KernelLock, in_kernel
 from emu.guest.memory import GuestMemory, Op
 from emu.guest.page import MemMap, Owner
+from emu.guest.pcp import spans
 from emu.guest.reclaim import MAX_RECLAIM_RETRIES, Reclaim
 from emu.guest.zone import Zone, zone_spans, zone_watermarks
 from emu.ranges import Ranges
@@ -93,13 +94,13 @@ class PageAllocator:
             left = self._alloc_slowly(count, migratetype, runs, retry=retry)
         except BaseException:  # the killed process itself; a disk, a hook or Ctrl-C in the middle of reclaim
             self.vmstat["pgalloc"] += sum(n for _, n, _ in runs)
-            self.free_pages([(pfn if step > 0 else pfn - n + 1, n) for pfn, n, step in runs])
+            self.free_pages(spans(runs))
             raise
         self.vmstat["pgalloc"] += count - left
         if owner is not None and runs:
             used = Ranges()
-            for pfn, n, step in runs:
-                used.add(pfn if step > 0 else pfn - n + 1, n, 0)
+            for pfn, n in spans(runs):
+                used.add(pfn, n, 0)
             self.memmap.use(used, owner)
         return runs
 

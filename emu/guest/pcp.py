@@ -15,10 +15,11 @@ flood of frees of order 1 to 3), the batch scaling of 6.7.
 """
 
 from collections import deque
+from collections.abc import Iterable
 
 from emu.guest.buddy import PAGEBLOCK_ORDER, Buddy, MigrateType
 
-__all__ = ["COSTLY_ORDER", "PerCpuPages", "zone_batchsize"]
+__all__ = ["COSTLY_ORDER", "PerCpuPages", "spans", "zone_batchsize"]
 
 COSTLY_ORDER = 3  # PAGE_ALLOC_COSTLY_ORDER
 _ORDERS = (0, 1, 2, 3)
@@ -86,6 +87,11 @@ class _List:
 def _span(run: Run) -> tuple[int, int]:
     start, n, step = run
     return (start, n) if step > 0 else (start - n + 1, n)
+
+
+def spans(runs: Iterable[Run]) -> list[tuple[int, int]]:
+    """Return runs, of blocks or frames, as (lowest, count)."""
+    return [_span(run) for run in runs]
 
 
 class PerCpuPages:

@@ -20,7 +20,7 @@ class Process:
     """A guest process."""
 
     def __init__(self, kernel: "GuestKernel", pid: int, name: str) -> None:
-        self.kernel = self._kernel = kernel
+        self.kernel = kernel
         self.kernel_lock = kernel.kernel_lock
         self.pid = pid
         self.name = name
@@ -44,11 +44,11 @@ class Process:
         Privately, unless shared: a write gets a copy of its page. thp: MADV_HUGEPAGE on it, for a guest whose setting
         is madvise; a file's pages are small. A mapping keeps its file, whether that stays open or not.
         """
-        self._kernel.check_running()
+        self.kernel.check_running()
         self.check_alive()
         if self._gone:
             raise GuestError(f"process {self.pid} has exited")
-        huge = self._kernel.thp == "always" or (thp and self._kernel.thp == "madvise")
+        huge = self.kernel.thp == "always" or (thp and self.kernel.thp == "madvise")
         length = parse_ram_size(size, "mapping size")
         if shared and not isinstance(file, File):
             raise BadValue("only a file of the disk can be mapped shared")
@@ -59,12 +59,12 @@ class Process:
                 raise BadValue(f"{file.inode.path} is open for reading only: map it privately")
             if length > -(-file.size // FRAME_SIZE) * FRAME_SIZE:
                 raise BadValue(f"a mapping of {length} bytes is larger than the file, {file.size}")
-            mapped = FileMapping(self._kernel, self, length, file.inode, shared=shared)
+            mapped = FileMapping(self.kernel, self, length, file.inode, shared=shared)
             self.mappings.append(mapped)
             return mapped
         if file is not None and length > file.size:
             raise BadValue(f"a mapping of {length} bytes is larger than the file, {file.size}")
-        mapping = Mapping(self._kernel, self, length, huge and file is None, file)
+        mapping = Mapping(self.kernel, self, length, huge and file is None, file)
         self.mappings.append(mapping)
         return mapping
 
@@ -72,13 +72,13 @@ class Process:
     def exit(self) -> None:
         """End the process: all its memory is freed."""
         if not self._gone:
-            for hook in list(self._kernel.exit_hooks.values()):
+            for hook in list(self.kernel.exit_hooks.values()):
                 hook(self)
         for mapping in list(self.mappings):
             mapping.munmap()
         self._gone = True
-        if self in self._kernel.processes:
-            self._kernel.processes.remove(self)
+        if self in self.kernel.processes:
+            self.kernel.processes.remove(self)
 
     def kill(self) -> None:
         """End it from outside (SIGKILL, and the OOM reaper): all its memory is freed, its calls raise from now on."""

@@ -13,7 +13,8 @@ from emu.guest.free_area import lazy_bytes
 from emu.guest.lock import in_kernel
 from emu.guest.memory import Op
 from emu.guest.page import Owner
-from emu.ranges import Ranges
+from emu.guest.pcp import spans
+from emu.ranges import Ranges, runs_of
 from emu.units import FRAME_SIZE, format_size, parse_ram_size
 
 if TYPE_CHECKING:
@@ -52,11 +53,11 @@ class RamFile:
             while stop < end and not self._frame[stop]:
                 stop += 1
             runs = self._kernel.alloc_frames(stop - page, owner=Owner.SHMEM)
-            spans = [(frame if step > 0 else frame - count + 1, count) for frame, count, step in runs]
+            taken = spans(runs)
             try:
-                self._kernel.memory.vcpu(Op.SET, Ranges.of(spans), 0)
+                self._kernel.memory.vcpu(Op.SET, Ranges.of(taken), 0)
             except BaseException as error:
-                self._kernel.free_after_failure(spans, error)
+                self._kernel.free_after_failure(taken, error)
                 raise
             for frame, count, step in runs:
                 entries = array("I", range(frame + 1, frame + 1 + step * count, step))
@@ -79,7 +80,7 @@ class RamFile:
     def spans(self) -> list[tuple[int, int]]:
         """Return the frames in the cache as (pfn, count), in the pages' order."""
         frames = array("I", [entry - 1 for entry in self._frame if entry]) if self.present else array("I")
-        return [(gfn, count) for gfn, count, _ in Ranges.of_frames(frames)]
+        return list(runs_of(frames))
 
     @in_kernel
     def fill(self, *, seed: int) -> None:

@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from math import isqrt
 from typing import TYPE_CHECKING
 
-from emu.guest.inode import runs_of
 from emu.guest.page import Lru
+from emu.ranges import runs_of
 from emu.units import FRAME_SIZE
 
 if TYPE_CHECKING:

@@ -29,8 +29,9 @@ from emu.guest.buddy import PAGEBLOCK_ORDER
 from emu.guest.free_area import lazy_bytes
 from emu.guest.lock import as_current, in_kernel
 from emu.guest.memory import Op
+from emu.guest.pcp import spans
 from emu.guest.ramfs import RamFile
-from emu.ranges import Ranges
+from emu.ranges import Ranges, runs_of
 from emu.units import FRAME_SIZE, format_size, parse_size
 
 if TYPE_CHECKING:
@@ -40,19 +41,6 @@ if TYPE_CHECKING:
 __all__ = ["Mapping"]
 
 _HUGE = 1 << PAGEBLOCK_ORDER
-
-
-def _runs(frames: "array[int]") -> Iterator[tuple[int, int]]:
-    # neighbours in the order given
-    start = following = -1
-    for frame in frames:
-        if frame != following:
-            if start >= 0:
-                yield start, following - start
-            start = frame
-        following = frame + 1
-    if start >= 0:
-        yield start, following - start
 
 
 class Mapping:
@@ -298,12 +286,12 @@ class Mapping:
         if self.file is not None and data is None:
             self.file.populate(first, end)
         runs = self._kernel.alloc_frames(end - first)
-        spans = [(frame if step > 0 else frame - count + 1, count) for frame, count, step in runs]
+        taken = spans(runs)
         try:
             if data is None and self.file is not None:  # do_cow_fault()
                 memory.vcpu(Op.COPY, self._copies(first, runs), threads=threads)
             elif data is None:  # clear_user_highpage(): what the frame held belongs to somebody else
-                memory.vcpu(Op.SET, Ranges.of(spans), 0, threads=threads)
+                memory.vcpu(Op.SET, Ranges.of(taken), 0, threads=threads)
             else:
                 at = 0
                 for frame, count, step in runs:
@@ -315,7 +303,7 @@ class Mapping:
                         memory.write((frame - k) * FRAME_SIZE, data[at : at + FRAME_SIZE])
                         at += FRAME_SIZE
         except BaseException as error:
-            self._kernel.free_after_failure(spans, error)
+            self._kernel.free_after_failure(taken, error)
             raise
         page = first
         for frame, count, step in runs:
@@ -377,7 +365,7 @@ class Mapping:
         self.present -= len(frames)
         if self._partial:
             frames = self._unmap_from_partial(frames)
-        self._kernel.free_pages(_runs(frames))
+        self._kernel.free_pages(runs_of(frames))
 
     def _unmap_from_partial(self, frames: "array[int]") -> "array[int]":
         # Those of the frames that belong to no half-unmapped huge page; one that has lost its last page is freed whole.
@@ -402,7 +390,7 @@ class Mapping:
             self._kernel.zone_of(head).buddy.split(head, PAGEBLOCK_ORDER)
             self._kernel.vmstat["thp_split_page"] += 1
             self._kernel.free_pages(
-                _runs(array("I", [frame for frame in range(head, head + _HUGE) if frame not in mapped]))
+                runs_of(array("I", [frame for frame in range(head, head + _HUGE) if frame not in mapped]))
             )
         self._partial.clear()
         if self in self._kernel.deferred_split:

@@ -155,7 +155,8 @@ class Writeback:
 
     def check_limit(self, inode: "Inode") -> None:
         """Raise GuestIOError if dirty memory is at its limit and the inode's disk doesn't take any of it."""
-        if self._writing or self.nr_dirty < self._most():
+        dirty = self.nr_dirty  # every write comes here: what is below the floor needs no limits
+        if self._writing or dirty < _RATELIMIT or dirty < self._most():
             return
         self._write(lambda other: True, lambda: self.nr_dirty >= self._most())
         if self.nr_dirty < self._most():

@@ -18,14 +18,13 @@ from emu.guest.kernel import GuestKernel
 from emu.guest.reporting import DEFAULT_DELAY, DEFAULT_ORDER
 from emu.host.hypervisor import Hypervisor
 from emu.mechanisms.reporting import (
-    REPORTING_ARROWS,
     REPORTING_CHAIN,
     Reporting,
     parse_delay,
     parse_order,
     parse_yes,
 )
-from emu.observe.chain import Arrow
+from emu.observe.chain import GUEST_ARROWS, Arrow
 from emu.observe.pagemap import Stage
 from emu.units import FRAME_SIZE, format_size, parse_duration
 
@@ -51,7 +50,7 @@ class AgingMechanism:
         "delay": parse_delay,
     }
     chain: ClassVar[tuple[Stage, ...]] = REPORTING_CHAIN
-    arrows: ClassVar[tuple[Arrow, ...]] = REPORTING_ARROWS
+    arrows: ClassVar[tuple[Arrow, ...]] = GUEST_ARROWS
 
     @property
     def _reporting(self) -> Reporting:

@@ -19,11 +19,10 @@ from emu.observe.pagemap import Stage
 from emu.units import FRAME_SIZE, format_size, parse_duration
 from emu.virtio.balloon import Feature
 
-__all__ = ["REPORTING_ARROWS", "REPORTING_CHAIN", "Reporting", "parse_delay", "parse_order", "parse_yes"]
+__all__ = ["REPORTING_CHAIN", "Reporting", "parse_delay", "parse_order", "parse_yes"]
 
 
 REPORTING_CHAIN = (*GUEST_CHAIN, Stage.HOST_OWNED)
-REPORTING_ARROWS = GUEST_ARROWS
 
 
 def parse_order(text: str) -> int:
@@ -70,7 +69,7 @@ class Reporting:
         "assigned_device": parse_yes,
     }
     chain: ClassVar[tuple[Stage, ...]] = REPORTING_CHAIN
-    arrows: ClassVar[tuple[Arrow, ...]] = REPORTING_ARROWS
+    arrows: ClassVar[tuple[Arrow, ...]] = GUEST_ARROWS
 
     def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
         """Give the guest a balloon driver and a reporting worker, over the host's balloon device."""
