@@ -17,6 +17,7 @@ from emu._uffd import ffi, lib
 from emu.errors import (
     BadValue,
     ClosedError,
+    DiscardFault,
     EmuError,
     ForkedError,
     GuestMemoryError,
@@ -39,6 +40,10 @@ DISABLE_NAMES = {
     "poison": lib.EMU_NO_POISON,
     "process_madvise": lib.EMU_NO_PROCESS_MADVISE,
     "pagemap_scan": 0,
+    "move": lib.EMU_NO_MOVE,
+    "wp": lib.EMU_NO_WP,
+    "lz4": lib.EMU_NO_LZ4,
+    "membarrier": lib.EMU_NO_MEMBARRIER,
 }
 
 
@@ -137,6 +142,9 @@ class Region:
         uffd: int,
         service: int,
         poison: bool,
+        move: bool,
+        wp: bool,
+        wp_async: bool,
         service_cpu: int,
         fault_around: int,
         disable: frozenset[str],
@@ -146,6 +154,9 @@ class Region:
         options.uffd = uffd
         options.service = service
         options.poison = poison
+        options.move = move
+        options.wp = wp
+        options.wp_async = wp_async
         options.service_cpu = service_cpu
         options.fault_around = fault_around
         options.disable = disable_mask(disable)
@@ -200,13 +211,16 @@ class Region:
             )
         if err == -errno.EEXIST:
             return RangeError("a frame is named twice in one call", frames=self.frames)
+        if progress is None and err == -errno.EOPNOTSUPP:
+            return HostError("this can't be had on this RAM: see emu doctor")
         if progress is None:
             return HostError(
                 f"the kernel refused to take memory back: {os.strerror(-err)} (is some of it locked, mlock?)"
             )
         if err == -errno.EINVAL:
             return BadValue("the core refused the arguments")
-        return GuestMemoryError(-err, int(progress.bad_gfn), int(progress.done) // unit)
+        kind = DiscardFault if err == -errno.ENODATA else GuestMemoryError
+        return kind(-err, int(progress.bad_gfn), int(progress.done) // unit)
 
     # ---- guest access
 
@@ -272,12 +286,97 @@ class Region:
 
     # ---- taking back
 
-    def reclaim(self, function: Any, ranges: Ranges) -> int:
+    def reclaim(self, function: Any, ranges: Ranges, *more: int) -> int:
         """Run lib.emu_discard or a sister of it; return the frames it took."""
-        taken = self._call(function, ffi.from_buffer("struct emu_range[]", ranges.flat), len(ranges))
+        taken = self._call(function, ffi.from_buffer("struct emu_range[]", ranges.flat), len(ranges), *more)
         if taken < 0:
             raise self._failed(taken, None)
         return int(taken)
+
+    def lend_side(self, base: int) -> None:
+        """Lend the side region: where frames are that were set aside."""
+        err = self._call(lib.emu_region_lend_side, ffi.cast("void *", base))
+        if err:
+            raise UffdError(-err, "lending the side region")
+
+    @property
+    def aside_how(self) -> int:
+        return int(self._call(lib.emu_region_aside_how))
+
+    def sweep(self) -> None:
+        self._call(lib.emu_aside_sweep)
+
+    def swap_on(self, *, memory: int, fd: int, file: int, readahead: int, disable: frozenset[str]) -> None:
+        """Open the store. The file's descriptor stays the caller's, until the region is closed."""
+        options = ffi.new("struct emu_store_options *")
+        options.memory, options.fd, options.file, options.readahead = memory, fd, file, readahead
+        options.disable = disable_mask(disable)
+        err = self._call(lib.emu_swap_on, options)
+        if err == -errno.EBUSY:
+            raise HostError("this guest RAM has a store already")
+        if err == -errno.EINVAL:
+            raise BadValue("a store needs 64 KiB of memory or 4 KiB of a file, and a readahead of 1 to 32 pages")
+        if err:
+            raise HostError(f"opening the store: {os.strerror(-err)}")
+
+    def store_info(self) -> Any:
+        info = ffi.new("struct emu_store_info *")
+        self._call(lib.emu_swap_info, info)
+        return info
+
+    def corrupt(self, gfn: int, byte: int) -> None:
+        """Flip a bit of a stored page (for tests)."""
+        err = self._call(lib.emu_swap_corrupt, gfn, byte)
+        if err:
+            raise HostError(f"frame {gfn:#x} has nothing in the store's memory: {os.strerror(-err)}")
+
+    def swapd(self, function: Any, *args: int) -> None:
+        """Run lib.emu_swapd_start or a sister of it."""
+        err = self._call(function, *args)
+        if err:
+            raise HostError(f"the swap worker: {os.strerror(-err)} (a store must be there, and the worker be started)")
+
+    def attach_gate(self, gate: Any, slot: int, deadline_ms: int) -> None:
+        """Charge this RAM's frames at a gate."""
+        err = self._call(lib.emu_gate_attach, gate, slot, deadline_ms)
+        if err:
+            raise HostError(f"the charge gate: {os.strerror(-err)} (without userfaultfd there is none; one a RAM)")
+
+    # ---- use
+
+    def track(self) -> None:
+        """Have accesses leave their bits."""
+        err = self._call(lib.emu_access_track, 1)
+        if err:
+            raise HostError(f"tracking accesses: {os.strerror(-err)}")
+
+    def harvest(self, gfn: int, count: int, bits: int) -> bytes:
+        buffer = bytearray(count)
+        err = self._call(lib.emu_access_harvest, gfn, count, bits, ffi.from_buffer(buffer))
+        if err:
+            raise self._failed(err, None)
+        return bytes(buffer)
+
+    def scan(self) -> list[int]:
+        ages = ffi.new("uint64_t[256]")
+        err = self._call(lib.emu_access_scan, ages)
+        if err:
+            raise self._failed(err, None)
+        return list(ages)
+
+    def victims(self, min_age: int, want: int, most: int) -> Ranges:
+        flat = array("Q", bytes(24 * most))
+        n = ffi.new("size_t *")
+        found = self._call(lib.emu_access_victims, min_age, want, ffi.from_buffer("struct emu_range[]", flat), most, n)
+        if found < 0:
+            raise self._failed(found, None)
+        return Ranges(flat[: 3 * n[0]])
+
+    def written(self) -> int:
+        pages = self._call(lib.emu_access_written)
+        if pages < 0:
+            raise HostError(f"the kernel doesn't note writes here: {os.strerror(-pages)} (write_tracking=True?)")
+        return int(pages)
 
     # ---- watching
 

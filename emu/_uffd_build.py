@@ -22,7 +22,14 @@ SOURCES = [
     "service.c",
     "guestcopy.c",
     "guestwalk.c",
+    "advise.c",
     "reclaim.c",
+    "aside.c",
+    "swap.c",
+    "store.c",
+    "lz4.c",
+    "gate.c",
+    "access.c",
     "vcpu.c",
     "rss.c",
     "residency.c",
@@ -31,7 +38,7 @@ SOURCES = [
     "lru.c",
     "disk.c",
 ]
-HEADERS = ["emu.h", "core.h", "memmap.h", "guestaccess.h", "uapi.h", "emu.cdef.h"]
+HEADERS = ["emu.h", "core.h", "memmap.h", "store.h", "guestaccess.h", "uapi.h", "emu.cdef.h"]
 
 # setuptools wants paths relative to the project's root
 _relative = [str((CSRC / name).relative_to(HERE.parent)) for name in SOURCES]
@@ -50,5 +57,5 @@ ffibuilder.set_source(
     include_dirs=[str(CSRC.relative_to(HERE.parent))],
     depends=[str((CSRC / name).relative_to(HERE.parent)) for name in HEADERS],
     extra_compile_args=_flags,
-    extra_link_args=["-pthread"],
+    extra_link_args=["-pthread", "-ldl"],
 )

@@ -12,6 +12,7 @@ __all__ = [
     "AllocatorError",
     "BadValue",
     "ClosedError",
+    "DiscardFault",
     "EmuError",
     "ForkedError",
     "GuestError",
@@ -88,12 +89,21 @@ class GuestMemoryError(EmuError):
         why = {
             _EHWPOISON: "the frame is poisoned (LOST): its content is gone; ram.unpoison() makes it usable again",
             _errno.EFAULT: "the frame's page was taken behind our back (a madvise on the mapping?)",
-            _errno.ENOMEM: "the host has no memory for it (a cgroup's limit?)",
+            _errno.ENOMEM: "the host has no memory for it (a cgroup's limit, or a budget's max for too long)",
+            _errno.ENODATA: "the host has taken it while its owner could make it anew: make it anew",
+            _errno.EIO: "the store couldn't be read; the content is still there, and may be read later",
         }.get(errno, os.strerror(errno))
         super().__init__(f"guest frame {gfn:#x}: {why}")
         self.errno = errno
         self.gfn = gfn
         self.done = done
+
+
+class DiscardFault(GuestMemoryError):
+    """An access met a frame that the host has taken while it was the guest's to lose: a clean page of the page cache.
+
+    The guest drops that page from its cache, and reads it again. Overwriting the whole frame needs nothing of the kind.
+    """
 
 
 class GuestError(EmuError):

@@ -17,6 +17,9 @@ class FrameState(enum.IntEnum):
     LAZY = lib.EMU_LAZY
     BUSY = lib.EMU_BUSY
     LOST = lib.EMU_LOST
+    ASIDE = lib.EMU_ASIDE
+    PRESERVED = lib.EMU_PRESERVED
+    DISCARDED = lib.EMU_DISCARDED
 
 
 class Op(enum.IntEnum):
@@ -50,5 +53,18 @@ class Event:
 #: the core's numbers -> Event.type
 EVENT_TYPES = {
     getattr(lib, f"EMU_EV_{name.upper()}"): name
-    for name in ("discard", "lazy_free", "lazy_drop", "poison", "lost_fault", "service_died", "fault")
+    for name in (
+        "discard",
+        "lazy_free",
+        "lazy_drop",
+        "poison",
+        "lost_fault",
+        "service_died",
+        "aside",
+        "aside_drop",
+        "swap_out",
+        "swap_failed",
+        "swap_corrupt",
+        "fault",
+    )
 }

@@ -10,6 +10,7 @@ from emu.errors import BadValue, ClosedError
 from emu.guest.kernel import GuestKernel
 from emu.host.hypervisor import Hypervisor
 from emu.mechanisms import Mechanism, make_mechanism
+from emu.observe.chain import ASIDE_ARROWS, Arrow
 from emu.observe.pagemap import Stage, take_page_map
 from emu.observe.snapshot import Snapshot, take_snapshot
 from emu.observe.vmstat import read_vmstat
@@ -28,9 +29,9 @@ class Machine:
 
     ram: bytes or text. mechanism: NAME[:key=value,...], or a Mechanism. disk: a directory, or an image file, of the
     host; nothing in it is written if disk_read_only, or unless the guest writes. on_return: what the host does with
-    returned memory, "now" or "lazy". clock, or speed: a factor, "real", or "step"; without either, guest time runs 10
-    times as fast. guest_thp: the guest's transparent huge page setting. cpus: the guest's. service, uffd, fault_around,
-    service_cpu, disable: as in GuestRam.
+    returned memory, "now", "grace:SECONDS", "lazy" or "lazy:aside". clock, or speed: a factor, "real", or "step";
+    without either, guest time runs 10 times as fast. guest_thp: the guest's transparent huge page setting. cpus: the
+    guest's. service, uffd, fault_around, service_cpu, write_tracking, disable: as in GuestRam.
 
     The guest's kernel is single-threaded: calls from several threads wait for each other. Ctrl-C in the middle of a
     guest's work leaves that guest, as a real one, in no state to go on: close it.
@@ -54,6 +55,7 @@ class Machine:
         uffd: Literal["auto", "full", "user", "off"] = "auto",
         fault_around: int = 1,
         service_cpu: int | None = None,
+        write_tracking: bool = False,
         disable: str | Iterable[str] = (),
     ) -> None:
         if clock is not None and speed is not None:
@@ -67,10 +69,16 @@ class Machine:
         self._closed = False
         self._watcher: Callable[[bool], None] | None = None
         self._ram = GuestRam(
-            ram, service=service, uffd=uffd, fault_around=fault_around, service_cpu=service_cpu, disable=disable
+            ram,
+            service=service,
+            uffd=uffd,
+            fault_around=fault_around,
+            service_cpu=service_cpu,
+            write_tracking=write_tracking,
+            disable=disable,
         )
         try:
-            self._host = Hypervisor(self._ram, on_return=on_return)
+            self._host = Hypervisor(self._ram, now=self.clock.now, on_return=on_return)
             self._guest = GuestKernel(self._ram, self.clock, thp=guest_thp, cpus=cpus)
             if disk is not None:
                 self._guest.mount(self._host.add_disk(disk, read_only=disk_read_only))
@@ -79,6 +87,8 @@ class Machine:
             for opened in self._host.disks if hasattr(self, "_host") else ():
                 opened.close()
             self._ram.close()
+            if hasattr(self, "_host"):
+                self._host.close()
             raise
 
     # ---- parts
@@ -116,6 +126,7 @@ class Machine:
         self._ram.close()
         self._closed = True
         self._guest.close()
+        self._host.close()
 
     def __enter__(self) -> Self:
         self._check()
@@ -138,18 +149,20 @@ class Machine:
         """Let guest time pass until nothing is on its way back, or timeout guest seconds; return whether it settled."""
         self._check()
         return self._run_until(
-            self.clock.now() + parse_duration(timeout, "timeout"), lambda: not self.mechanism.pending(self._guest)
+            self.clock.now() + parse_duration(timeout, "timeout"),
+            lambda: not (self.mechanism.pending(self._guest) or self._host.discard.pending),
         )
 
     def _run_until(self, end: float, done: Callable[[], bool]) -> bool:
         while not done():
-            due = self._guest.next_timer
-            if due is None or due > end:
-                self._sleep_until(end)
-                self._guest.run_timers()
-                return done()
-            self._sleep_until(due)
+            dues = [
+                due for due in (self._guest.next_timer, self._host.timers.next_due) if due is not None and due <= end
+            ]
+            self._sleep_until(min(dues, default=end))
             self._guest.run_timers()
+            self._host.run_timers()
+            if not dues:
+                return done()
         return True
 
     def _sleep_until(self, t: float) -> None:
@@ -206,7 +219,7 @@ class Machine:
 
     @property
     def footprint_bytes(self) -> int:
-        """What the host really holds for this guest: RSS and tables."""
+        """What the host really holds for this guest: RSS, frames aside, the store's pool, tables."""
         return self.host.footprint_bytes
 
     def snapshot(self, *, exact: bool = False, cells: int = 0) -> Snapshot:
@@ -226,10 +239,18 @@ class Machine:
                 mechanism=self.mechanism.name,
                 panel=self.mechanism.panel(self._guest, self._host),
                 chain=self.mechanism.chain,
-                arrows=self.mechanism.arrows,
+                arrows=self._arrows,
                 exact=exact,
                 cells=cells,
             )
+
+    @property
+    def _arrows(self) -> tuple[Arrow, ...]:
+        # a policy that keeps what comes back has ways of its own
+        own = self.mechanism.arrows
+        return (
+            own if self._host.discard.policy in ("now", "lazy") else (*own, *(a for a in ASIDE_ARROWS if a not in own))
+        )
 
     def chain(self) -> dict[str, int]:
         """Return the bytes of guest RAM by stage (emu.observe.pagemap.Stage); they add up to the RAM."""
@@ -255,5 +276,7 @@ class Machine:
             "uffd": ram.rung.name.lower(),
             "process_madvise": ram.vectored,
             "on_return": self._host.discard.policy,
+            "aside": ram.aside_how,
+            "store": ram.store_text if ram.has_store else None,
             "disks": [repr(disk) for disk in self._host.disks],
         }

@@ -7,6 +7,7 @@ exists as unsafe_view(). Ranges are [(gfn, count), ...] in frames; gpa is a byte
 import ctypes
 import mmap
 import os
+import threading
 import warnings
 import weakref
 from array import array
@@ -21,22 +22,24 @@ from emu.frames import EVENT_TYPES, Event, FrameState, Op
 from emu.histogram import Histogram
 from emu.mapping import RamMapping
 from emu.ranges import Ranges
+from emu.reclaim import Reclaim, StoreInfo
 from emu.uffd import Features, Mode, Rung, Userfaultfd, probe
 from emu.units import FRAME_SIZE, format_size, parse_ram_size
 
-__all__ = ["Event", "FrameState", "GuestRam", "Histogram", "Op"]
+__all__ = ["Event", "FrameState", "GuestRam", "Histogram", "Op", "StoreInfo"]
 
 _CHUNK = 16384  # frames (64 MiB) a native call: Python can handle Ctrl-C between two
 _SHORT_CHUNK = 2048  # while somebody watches
 
 
-class GuestRam:
+class GuestRam(Reclaim):
     """A guest's memory.
 
     size: bytes or text, whole frames. service: "inline" (SIGBUS in the faulting thread), "thread", or "auto" (inline
     where the kernel has the feature, and "off" without userfaultfd). uffd: "auto", "full", "user" or "off", the rung to
     stand on; a named one that can't be had raises. fault_around: frames installed a fault, a power of two to 512; 1
     keeps RSS exact. service_cpu pins the service thread. disable: names as in EMU_DISABLE. thp must be False.
+    write_tracking: let the kernel note which pages are written (WP_ASYNC, 6.7); needs UFFDIO_MOVE (6.8).
 
     Raises BadValue for arguments, HostError when the machine can't map or serve it.
     """
@@ -50,10 +53,14 @@ class GuestRam:
         service: Literal["auto", "inline", "thread"] = "auto",
         uffd: Literal["auto", "full", "user", "off"] = "auto",
         service_cpu: int | None = None,
+        write_tracking: bool = False,
         disable: str | Iterable[str] = (),
     ) -> None:
         self._region: _native.Region | None = None
         self._uffd: Userfaultfd | None = None
+        self._side: RamMapping | None = None
+        self._side_lock = threading.Lock()
+        self._store_file: Any = None
         self._views: list[tuple[weakref.ref[memoryview], weakref.ref[Any]]] = []
         #: called between the native calls of one vcpu(), if set: whoever watches gets to look
         self.between: Callable[[], None] | None = None
@@ -73,18 +80,22 @@ class GuestRam:
         if service_cpu is not None and not 0 <= service_cpu < (os.cpu_count() or 1):
             raise BadValue(f"service_cpu {service_cpu!r} must be from 0 to {(os.cpu_count() or 1) - 1}")
         self.fault_around = fault_around
+        self.write_tracking = write_tracking
         self.service_cpu = service_cpu
         self._mapping = RamMapping(self.size)
         try:
             self._mapping.map()
             self._base = self._mapping.base
-            self._open_uffd(service, uffd, off)
+            self._open_uffd(service, uffd, off, write_tracking)
             self._region = _native.Region(self.frames)
             self._region.open(
                 self._base,
                 uffd=self._uffd.fileno() if self._uffd else -1,
                 service=getattr(lib, f"EMU_SERVICE_{self.service.upper()}"),
                 poison=bool(self._uffd and Features.POISON in self._uffd.features),
+                move=bool(self._uffd and Features.MOVE in self._uffd.features),
+                wp=bool(self._uffd and Features.PAGEFAULT_FLAG_WP in self._uffd.features),
+                wp_async=bool(self._uffd and Features.WP_ASYNC in self._uffd.features),
                 service_cpu=-1 if service_cpu is None else service_cpu,
                 fault_around=fault_around,
                 disable=off,
@@ -95,10 +106,12 @@ class GuestRam:
             self._release()
             raise
 
-    def _open_uffd(self, service: str, uffd: str, off: frozenset[str]) -> None:
+    def _open_uffd(self, service: str, uffd: str, off: frozenset[str], write_tracking: bool) -> None:
         self.service: str = "off"
         self.rung = Rung.OFF
         self.rung_reason = "asked for uffd=off"
+        if write_tracking and (uffd == "off" or {"uffd", "move", "wp"} & off):
+            raise HostError("write_tracking needs userfaultfd with WP_ASYNC and MOVE, and one of them is switched off")
         if uffd == "off":
             if service != "auto":
                 raise BadValue(f"service={service} needs userfaultfd, and uffd=off was asked for")
@@ -116,8 +129,19 @@ class GuestRam:
         if service == "inline" and not sigbus:
             raise HostError("service=inline can't be had here: no UFFD_FEATURE_SIGBUS (Linux 4.14, or switched off)")
         inline = sigbus and service != "thread"
+        required = Features.SIGBUS if inline else Features(0)
+        mode = Mode.MISSING
+        # one way out of the guest, and never WP_ASYNC beside the second: it would lose writes (csrc/aside.c)
+        if write_tracking:
+            required |= Features.PAGEFAULT_FLAG_WP | Features.WP_ASYNC | Features.MOVE
+            mode |= Mode.WP
+        elif Features.MOVE in can.features and "move" not in off:
+            required |= Features.MOVE
+        elif Features.PAGEFAULT_FLAG_WP in can.features and "wp" not in off:
+            required |= Features.PAGEFAULT_FLAG_WP
+            mode |= Mode.WP
         self._uffd = Userfaultfd(
-            required=Features.SIGBUS if inline else Features(0),
+            required=required,
             wanted=Features.POISON,
             rung=Rung.USER if uffd == "user" else Rung.FULL,
             disable=off,
@@ -125,7 +149,7 @@ class GuestRam:
         self.service = "inline" if inline else "thread"
         self.rung = self._uffd.rung
         self.rung_reason = self._uffd.why
-        self._uffd.register(self._base, self.size, Mode.MISSING)
+        self._uffd.register(self._base, self.size, mode)
 
     # ---- life
 
@@ -152,6 +176,12 @@ class GuestRam:
         if uffd is not None:
             uffd.close()
         self._mapping.close()
+        side, self._side = self._side, None
+        if side is not None:
+            side.close()
+        file, self._store_file = self._store_file, None
+        if file is not None:
+            file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -292,41 +322,6 @@ class GuestRam:
                 frames=self.frames,
             )
 
-    # ---- taking back
-
-    def discard(self, ranges: Iterable[Sequence[int]] | Ranges) -> int:
-        """Give frames back at once (MADV_DONTNEED); return how many held memory. They read as zero afterwards."""
-        return self._reclaim(lib.emu_discard, ranges)
-
-    def lazy_free(self, ranges: Iterable[Sequence[int]] | Ranges) -> int:
-        """Let the kernel take frames when it needs memory (MADV_FREE); return how many, anew or again.
-
-        RSS doesn't show it.
-        """
-        return self._reclaim(lib.emu_lazy_free, ranges)
-
-    def lazy_drop(self, ranges: Iterable[Sequence[int]] | Ranges | None = None) -> int:
-        """Put the lazily freed frames under pressure now (MADV_PAGEOUT); return how many the kernel dropped.
-
-        Frames written since stay. A few may hide from it in another CPU's batch (31 pages each), and stay lazy.
-        """
-        return self._reclaim(lib.emu_lazy_drop, [(0, self.frames)] if ranges is None else ranges)
-
-    def poison(self, ranges: Iterable[Sequence[int]] | Ranges) -> int:
-        """Lose frames as a memory error would: their content is gone and accesses fail. Return how many."""
-        return self._reclaim(lib.emu_poison, ranges)
-
-    def unpoison(self, ranges: Iterable[Sequence[int]] | Ranges) -> int:
-        """Make lost frames usable again, as zeros; return how many. The only way out of LOST."""
-        return self._reclaim(lib.emu_unpoison, ranges)
-
-    def _reclaim(self, function: Any, ranges: Iterable[Sequence[int]] | Ranges) -> int:
-        core = self._core
-        core.check()
-        batch = ranges if isinstance(ranges, Ranges) else Ranges.of(ranges)
-        batch.check(self.frames, disjoint=True)
-        return core.reclaim(function, batch)
-
     # ---- watching
 
     @property
@@ -379,10 +374,18 @@ class GuestRam:
         """Return how long write (or read) faults took, as the faulting vCPU saw them, since the RAM was opened.
 
         Each is the time of one access to a missing frame from before it to after it: kernel, service, way back, and the
-        reading of the clock. One in eight is timed, each thread's first among them.
+        reading of the clock. One in eight is timed, each thread's first among them. Not among them: returns from aside,
+        and from the store.
         """
+        return self._latency(lib.EMU_LAT_FAULT_WRITE if write else lib.EMU_LAT_FAULT_READ)
+
+    def return_latency(self, *, stored: bool = False) -> Histogram:
+        """Return how long accesses took that brought a frame back from aside, or from the store."""
+        return self._latency(lib.EMU_LAT_SWAP_IN if stored else lib.EMU_LAT_ASIDE_RETURN)
+
+    def _latency(self, which: int) -> Histogram:
         histogram = Histogram()
-        self._core.latency(lib.EMU_LAT_FAULT_WRITE if write else lib.EMU_LAT_FAULT_READ, histogram.native)
+        self._core.latency(which, histogram.native)
         return histogram
 
     def tally(self, memmap: Any, listed: Iterable[Sequence[int]], cell_frames: int) -> "array[int]":
@@ -394,6 +397,11 @@ class GuestRam:
         if cell_frames < 1:
             raise BadValue(f"cells of {cell_frames!r} frames: give 1 or more")
         return self._core.tally(memmap, Ranges.of(listed), cell_frames)
+
+    @property
+    def footprint_bytes(self) -> int:
+        """What the host really holds for this RAM, by the kernel: RSS, frames aside, the store's pool, tables."""
+        return self.rss_bytes + self.side_bytes + self.store.pool_resident + self.table_bytes
 
     @property
     def table_bytes(self) -> int:
@@ -421,6 +429,10 @@ class GuestRam:
             Event(ns, EVENT_TYPES.get(kind, str(kind)), gfn, count, arg)
             for ns, kind, gfn, count, arg in self._core.events(most)
         ]
+
+    def attach_gate(self, gate: Any, slot: int, deadline_ms: int) -> None:
+        """Charge frames at a gate; for emu.gate.Gate."""
+        self._core.attach_gate(gate, slot, deadline_ms)
 
     def trace_faults(self, on: bool = True) -> None:
         """Record every fault as an event, too."""

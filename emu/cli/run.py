@@ -9,6 +9,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 from emu.cli.command import again, whole
+from emu.cli.fleet import fleet
 from emu.cli.live import open_view
 from emu.cli.output import Output
 from emu.errors import BadValue, EmuError, GuestError
@@ -29,7 +30,8 @@ from emu.workloads.runner import run
 
 __all__ = ["app"]
 
-app = App(name="run", help="Run a workload on a machine and print a table of its phases.")
+app = App(name="run", help="Run a workload on a machine, or a fleet of them, and print a table.")
+app.default(fleet)
 
 
 def _mechanisms_help() -> str:
@@ -48,7 +50,7 @@ class Common:
 
     mechanism: Annotated[str, Parameter(name=["--mechanism", "-m"], help=_mechanisms_help())] = "reporting"
     on_return: Annotated[str, Parameter(name="--return")] = "now"
-    "What the host does with returned memory: now (discard) or lazy (MADV_FREE)."
+    "What the host does with returned memory: now, grace:SECONDS (aside so long), lazy (MADV_FREE), lazy:aside."
     ram: Size = "1GiB"
     "Guest RAM."
     speed: str = f"{DEFAULT_SPEED:g}"
@@ -62,9 +64,11 @@ class Common:
     guest_thp: Literal["always", "madvise", "never"] = "madvise"
     "The guest's transparent huge page setting."
     disable: str = ""
-    "Switch features off, as EMU_DISABLE does: uffd,full,sigbus,poison,process_madvise,..."
+    "Switch features off, as EMU_DISABLE does: uffd,full,sigbus,poison,process_madvise,move,wp,lz4,..."
     cpus: Whole = 1
     "The guest's CPUs: they share the per-CPU lists' high mark out."
+    workingset: bool = False
+    "Estimate the guest's working set as a host can, and show it beside the truth."
     live: bool = False
     "Watch it: a map of the RAM, curves, rates; ? shows the keys. In a pipe, a line a second."
     as_json: Annotated[bool, Parameter(name="--json")] = False
@@ -89,6 +93,8 @@ def _run(workload: Workload, common: Common) -> RunResult:
         ) as machine,
         contextlib.ExitStack() as stack,
     ):
+        if common.workingset:
+            machine.host.watch_working_set(seed=common.seed)
         if common.live:
             view = stack.enter_context(open_view(machine, f"emu run {workload.name}", Output()))
             result = run(

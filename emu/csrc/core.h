@@ -4,7 +4,7 @@
  *
  * Who owns what: region.c the struct and the registry, state.c the bytes, fault.c the way from a missing frame to a
  * present one, sigbus.c and service.c the two callers of fault.c, guestcopy.c and guestwalk.c every access to guest
- * memory, reclaim.c every way back.
+ * memory, reclaim.c most ways back, aside.c and swap.c those by which a frame's content is kept.
  */
 #ifndef EMU_CORE_H
 #define EMU_CORE_H
@@ -15,6 +15,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 
 #include "emu.h"
 #include "uapi.h"
@@ -34,13 +35,18 @@
 
 /* Counters. The first EMU_NR_STATES are gauges: frames in that state (a BUSY frame counts where it came from). */
 #define EMU_STATS(X)                                                                                                  \
-	X(nr_zero) X(nr_zeromap) X(nr_resident) X(nr_lazy) X(nr_busy) X(nr_lost)                                      \
+	X(nr_zero) X(nr_zeromap) X(nr_resident) X(nr_lazy) X(nr_busy) X(nr_lost) X(nr_aside) X(nr_preserved)          \
+	X(nr_discarded)                                                                                               \
 	X(pgfault) X(pgfault_write) X(pgfault_read) X(pgfault_lazy) X(pgfault_spurious) X(pgfault_lost)               \
 	X(pgfault_failed) X(busy_wait)                                                                                \
 	X(vcpu_calls) X(vcpu_frames) X(vcpu_ns)                                                                       \
 	X(copy_frames) X(zeropage_frames) X(install_frames)                                                           \
 	X(discard_frames) X(discard_zeromap) X(discard_calls)                                                         \
 	X(lazyfree_frames) X(lazyfree_calls) X(lazydrop_frames) X(lazydrop_calls)                                     \
+	X(aside_frames) X(aside_return) X(aside_restored) X(aside_dropped) X(aside_skipped) X(aside_stale)            \
+	X(swap_out_frames) X(swap_in_frames) X(swap_readahead) X(swap_same) X(swap_raw) X(swap_cancelled)             \
+	X(swap_failed) X(swap_corrupt) X(swap_dropped) X(swap_file_read) X(swap_file_written) X(pgfault_discarded)    \
+	X(gate_throttled) X(gate_failed) X(pool_frames)                                                                              \
 	X(poison_frames) X(unpoison_frames)                                                                           \
 	X(uffd_eagain) X(uffd_eexist) X(service_batches) X(service_messages)                                          \
 	X(sigbus_rechained) X(ring_overflow)
@@ -68,6 +74,25 @@ struct emu_waitq {
 } __attribute__((aligned(64)));
 
 struct emu_ring;
+struct emu_swap;
+struct emu_access;
+
+/* A table of ours in a mapping of its own, lazily populated. */
+struct emu_table {
+	uint8_t *p;
+	size_t len;
+};
+
+#define EMU_STALE_RING 256
+/* What exists once a side region was lent: aside.c. */
+struct emu_aside {
+	struct emu_table table;
+	_Atomic uint16_t *stamp; /* by frame: when it was set aside, by the caller's count; changed under BUSY */
+	_Atomic uint8_t *stale;  /* by frame: its side page is a copy left behind; changed under BUSY */
+	_Atomic int64_t nr_stale;
+	_Atomic uint32_t stale_head, sweeping;
+	_Atomic uint64_t stale_ring[EMU_STALE_RING]; /* gfn + 1 */
+};
 
 struct emu_region {
 	uint8_t *base;
@@ -76,6 +101,17 @@ struct emu_region {
 	int service;
 	bool have_poison;  /* UFFD_FEATURE_POISON negotiated */
 	bool vectored;     /* process_madvise works on ourselves */
+	bool have_move, have_wp, have_wp_async;
+	_Atomic(uint8_t *) side; /* frame gfn's place aside is at side + gfn * 4096 */
+	struct emu_aside *aside;
+	_Atomic(struct emu_swap *) swap;
+	_Atomic(struct emu_access *) access;
+	_Atomic uint64_t hand; /* where the search for victims goes on */
+	uint32_t disable;
+	_Atomic(struct emu_gate *) gate;
+	int gate_slot, gate_deadline_ms;
+	_Atomic int64_t gate_stock; /* frames charged and not used */
+	pthread_mutex_t setup; /* of the above, one at a time */
 	uint32_t fault_around;
 	int pagemap_fd;
 	int slot; /* in the registry */
@@ -130,6 +166,7 @@ struct emu_thread {
 	struct emu_guard *_Atomic guard;
 	unsigned stripe; /* 0 = not chosen yet */
 	unsigned faults; /* met by its accesses */
+	unsigned access_slot; /* access.c: its line + 1, during a call on a region that is tracked */
 	/* sigbus.c */
 	uint64_t last_addr;
 	unsigned same_addr;
@@ -150,6 +187,19 @@ static inline uint8_t *emu_frame(const struct emu_region *r, uint64_t gfn)
 {
 	return r->base + (gfn << EMU_FRAME_SHIFT);
 }
+static inline uint8_t *emu_side(const struct emu_region *r, uint64_t gfn)
+{
+	return atomic_load_explicit(&r->side, memory_order_acquire) + (gfn << EMU_FRAME_SHIFT);
+}
+static inline bool emu_in_side(const struct emu_region *r, const void *p)
+{
+	const uint8_t *side = atomic_load_explicit(&r->side, memory_order_acquire);
+
+	return side && (uintptr_t)p - (uintptr_t)side < r->frames << EMU_FRAME_SHIFT;
+}
+int emu_table_map(struct emu_table *t, size_t len);
+void emu_table_unmap(struct emu_table *t);
+int64_t emu_table_bytes(const struct emu_table *t); /* resident */
 static inline bool emu_range_ok(const struct emu_region *r, uint64_t gfn, uint64_t count)
 {
 	return gfn <= r->frames && count <= r->frames - gfn;
@@ -178,6 +228,17 @@ static inline uint8_t emu_state_load8(const struct emu_region *r, uint64_t gfn)
 }
 void emu_state_wake(struct emu_region *r, uint64_t gfn, uint64_t count);
 void emu_state_wait(struct emu_region *r, uint64_t gfn);
+bool emu_state_awaited(struct emu_region *r, uint64_t gfn); /* whether somebody waits for a frame of gfn's block, or near */
+/* Not there, and a touch brings it: what a fault takes time for. */
+static inline bool emu_state_missing(uint8_t state)
+{
+	return state == EMU_ZERO || state == EMU_ASIDE || state == EMU_PRESERVED;
+}
+/* Whether a frame in that state holds memory of the host's, page by page. */
+static inline bool emu_state_held(uint8_t state)
+{
+	return state == EMU_ZEROMAP || state == EMU_RESIDENT || state == EMU_LAZY || state == EMU_ASIDE;
+}
 void emu_state_moved(struct emu_region *r, uint8_t from, uint8_t to, int64_t frames); /* the gauges */
 long emu_futex(_Atomic uint32_t *word, int op, uint32_t val);
 
@@ -196,7 +257,7 @@ void emu_ring_push(struct emu_region *r, int type, uint64_t gfn, uint64_t count,
 bool emu_ring_traces_faults(const struct emu_region *r);
 
 /* uffd.c */
-enum emu_fill { EMU_FILL_COPY, EMU_FILL_ZEROPAGE, EMU_FILL_POISON };
+enum emu_fill { EMU_FILL_COPY, EMU_FILL_ZEROPAGE, EMU_FILL_POISON, EMU_FILL_MOVE };
 int emu_uffd_fill(int fd, enum emu_fill how, uint64_t dst, const void *src, uint64_t len, bool wake, uint64_t *done,
                   unsigned *eagain);
 /* The ioctl that emu_uffd_fill() calls; a test puts a kernel of its own here. */
@@ -207,6 +268,7 @@ int emu_fault_resolve(struct emu_region *r, uint64_t gfn, bool write);
 int emu_fault_vanished(struct emu_region *r, uint64_t gfn);
 int emu_fault_fill(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t prior, bool write, const void *src,
                    uint64_t *done);
+void emu_fault_forget(struct emu_region *r, uint64_t gfn);
 int64_t emu_fault_install(struct emu_region *r, uint64_t gfn, uint64_t count, const void *src);
 
 /* sigbus.c */
@@ -249,9 +311,72 @@ static inline void emu_rss_mark(struct emu_region *r, uint64_t block)
 }
 
 /* reclaim.c */
+
+/* advise.c */
 bool emu_advise_vectored_probe(void);
 void emu_advise_forked(void);
-void emu_pages_absent(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret);
+int emu_advise(struct emu_region *r, const struct iovec *run, size_t n, int advice, enum emu_stat calls, size_t *done_runs);
+void emu_pages_absent(struct emu_region *r, const uint8_t *at, uint64_t count, uint8_t *ret);
+bool emu_can_lose(const struct emu_region *r);
 int emu_lose(struct emu_region *r, uint64_t gfn, uint64_t count); /* empty frames held BUSY: make accesses fail */
+int emu_find(struct emu_region *r, uint64_t gfn, uint64_t count);
+
+/* aside.c */
+static inline int emu_aside_stamp(const struct emu_region *r, uint64_t gfn)
+{
+	return atomic_load_explicit(&r->aside->stamp[gfn], memory_order_relaxed);
+}
+int emu_aside_return(struct emu_region *r, uint64_t gfn);
+int64_t emu_aside_take(struct emu_region *r, uint64_t gfn, uint64_t end, int stamp);
+int64_t emu_aside_restore(struct emu_region *r, uint64_t gfn, uint64_t end);
+void emu_aside_left(struct emu_region *r, uint64_t gfn); /* BUSY, and its side page is a copy of what is elsewhere */
+void emu_aside_free(struct emu_region *r);
+#define EMU_STAMP_SWAP 65535
+
+/* swap.c */
+int emu_swap_in(struct emu_region *r, uint64_t gfn);
+uint64_t emu_swap_forget(struct emu_region *r, uint64_t gfn, uint64_t count);
+void emu_swapd_stop(struct emu_region *r);
+void emu_swap_free(struct emu_region *r);
+int64_t emu_swap_table_bytes(struct emu_region *r);
+
+/* gate.c */
+int emu_gate_charge_slow(struct emu_region *r, int64_t frames, int how);
+void emu_gate_uncharge_slow(struct emu_region *r, int64_t frames);
+enum { EMU_GATE_WAIT, EMU_GATE_TRY, EMU_GATE_FORCE };
+/* Before memory is taken: 0, or -ENOMEM (WAIT: after the deadline; TRY: at once; FORCE: never). Async-signal-safe. */
+static inline int emu_gate_charge(struct emu_region *r, int64_t frames, int how)
+{
+	return atomic_load_explicit(&r->gate, memory_order_acquire) ? emu_gate_charge_slow(r, frames, how) : 0;
+}
+static inline void emu_gate_uncharge(struct emu_region *r, int64_t frames)
+{
+	if (frames && atomic_load_explicit(&r->gate, memory_order_acquire))
+		emu_gate_uncharge_slow(r, frames);
+}
+void emu_gate_detach(struct emu_region *r);
+
+/* access.c */
+void emu_access_enter_slow(struct emu_region *r);
+void emu_access_leave_slow(struct emu_region *r);
+void emu_access_note_slow(struct emu_region *r, uint64_t gfn, uint64_t count, bool write);
+/* Around a call that touches guest memory, and before each touch of frames [gfn, gfn + count), count < 65536. */
+static inline void emu_access_enter(struct emu_region *r)
+{
+	if (atomic_load_explicit(&r->access, memory_order_acquire))
+		emu_access_enter_slow(r);
+}
+static inline void emu_access_leave(struct emu_region *r)
+{
+	if (emu_thread.access_slot)
+		emu_access_leave_slow(r);
+}
+static inline void emu_access_note(struct emu_region *r, uint64_t gfn, uint64_t count, bool write)
+{
+	if (emu_thread.access_slot)
+		emu_access_note_slow(r, gfn, count, write);
+}
+void emu_access_free(struct emu_region *r);
+int64_t emu_access_table_bytes(struct emu_region *r);
 
 #endif

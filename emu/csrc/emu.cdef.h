@@ -50,7 +50,16 @@ int munlock(const void *addr, size_t len);
 #define EMU_NO_FULL ...
 #define EMU_NO_DEVICE ...
 #define EMU_NO_SYSCALL ...
-enum emu_state { EMU_ZERO, EMU_ZEROMAP, EMU_RESIDENT, EMU_LAZY, EMU_BUSY, EMU_LOST, EMU_NR_STATES, ... };
+#define EMU_NO_MOVE ...
+#define EMU_NO_WP ...
+#define EMU_NO_LZ4 ...
+#define EMU_NO_MEMBARRIER ...
+#define EMU_STAMP_MAX ...
+#define EMU_ACCESSED ...
+#define EMU_DIRTIED ...
+#define EMU_GATE_SLOTS ...
+enum emu_state { EMU_ZERO, EMU_ZEROMAP, EMU_RESIDENT, EMU_LAZY, EMU_BUSY, EMU_LOST, EMU_ASIDE, EMU_PRESERVED, EMU_DISCARDED,
+	EMU_NR_STATES, ... };
 #define EMU_PG_REFERENCED ...
 #define EMU_PG_ACTIVE ...
 #define EMU_PG_DIRTY ...
@@ -60,6 +69,7 @@ enum emu_state { EMU_ZERO, EMU_ZEROMAP, EMU_RESIDENT, EMU_LAZY, EMU_BUSY, EMU_LO
 #define EMU_PG_WORKINGSET ...
 #define EMU_PG_RECLAIM ...
 #define EMU_PG_YOUNG ...
+#define EMU_PG_HANDED ...
 #define EMU_LOOKUP_MARK ...
 #define EMU_LOOKUP_SKIP_FIRST ...
 #define EMU_LOOKUP_READAHEAD ...
@@ -77,15 +87,17 @@ enum emu_service { EMU_SERVICE_OFF, EMU_SERVICE_INLINE, EMU_SERVICE_THREAD, ... 
 enum emu_rung { EMU_RUNG_OFF, EMU_RUNG_USER, EMU_RUNG_FULL, ... };
 enum emu_door { EMU_DOOR_NONE, EMU_DOOR_SYSCALL, EMU_DOOR_DEVICE, ... };
 enum emu_op { EMU_TOUCH_READ, EMU_TOUCH_WRITE, EMU_SET, EMU_FILL, EMU_VERIFY, EMU_COPY, ... };
-enum emu_latency { EMU_LAT_FAULT_WRITE, EMU_LAT_FAULT_READ, EMU_NR_LATENCIES, ... };
+enum emu_latency { EMU_LAT_FAULT_WRITE, EMU_LAT_FAULT_READ, EMU_LAT_ASIDE_RETURN, EMU_LAT_SWAP_IN, EMU_NR_LATENCIES, ... };
 enum emu_event_type { EMU_EV_DISCARD, EMU_EV_LAZY_FREE, EMU_EV_LAZY_DROP, EMU_EV_POISON, EMU_EV_LOST_FAULT,
-	EMU_EV_SERVICE_DIED, EMU_EV_FAULT, ... };
+	EMU_EV_SERVICE_DIED, EMU_EV_ASIDE, EMU_EV_ASIDE_DROP, EMU_EV_SWAP_OUT, EMU_EV_SWAP_FAILED, EMU_EV_SWAP_CORRUPT,
+	EMU_EV_FAULT, ... };
 
 struct emu_range { uint64_t gfn; uint64_t count; uint64_t key; };
 struct emu_progress { uint64_t done; uint64_t bad_gfn; };
 struct emu_uffd_info { int rung; int door; int full_errno; int device_errno; int user_errno; };
 struct emu_region_options {
-	int uffd; int service; int poison; int service_cpu; uint32_t fault_around; uint32_t disable;
+	int uffd; int service; int poison; int move; int wp; int wp_async; int service_cpu; uint32_t fault_around;
+	uint32_t disable;
 };
 struct emu_hist { uint64_t count, sum, max; uint64_t bucket[...]; };
 struct emu_vcpu_job {
@@ -96,6 +108,12 @@ struct emu_event { uint64_t ns; uint64_t gfn; uint32_t count; uint16_t type; uin
 struct emu_residency { int64_t present, zeropage, swapped, huge; };
 struct emu_look { int64_t rss, asked; int whole; };
 struct emu_region;
+struct emu_store_options { uint64_t memory; int fd; uint64_t file; uint32_t readahead; uint32_t disable; };
+struct emu_store_info {
+	int64_t pages, same, raw, object_bytes, pool_bytes, pool_resident, file_bytes; int error; int lz4;
+};
+struct emu_gate_slot { int64_t charged, throttled, throttled_ns, failed; ...; };
+struct emu_gate { int64_t max, peak; ...; };
 struct emu_memmap_stats {
 	int64_t nr_owner[...]; int64_t nr_lru[...]; int64_t nr_mapped, nonresident_age; uint16_t gen;
 	int64_t pgactivate, pgdeactivate, pgrefill, pgrotated;
@@ -109,7 +127,7 @@ struct emu_shrink {
 	uint64_t nr_to_scan; uint32_t *freed, *mapped;
 	uint64_t nr_scanned, nr_freed, nr_mapped, nr_dirty, nr_writeback, nr_activated, nr_kept, nr_deactivated;
 };
-struct emu_aging { uint16_t sink_after, free_after; uint32_t *freed; uint64_t nr_scanned, nr_sunk, nr_freed; };
+struct emu_aging { uint16_t sink_after, free_after; int hand_over; uint64_t most; uint32_t *freed; uint64_t nr_scanned, nr_sunk, nr_freed; };
 struct emu_file_info { uint32_t dio_mem_align, dio_offset_align; };
 
 /* uffd.c */
@@ -121,6 +139,8 @@ int emu_uffd_wake(int fd, uint64_t start, uint64_t len);
 int emu_uffd_copy(int fd, uint64_t dst, uint64_t src, uint64_t len, uint64_t mode, int64_t *done);
 int emu_uffd_zeropage(int fd, uint64_t start, uint64_t len, uint64_t mode, int64_t *done);
 int emu_uffd_poison(int fd, uint64_t start, uint64_t len, uint64_t mode, int64_t *done);
+int emu_uffd_move(int fd, uint64_t dst, uint64_t src, uint64_t len, uint64_t mode, int64_t *done);
+int emu_uffd_writeprotect(int fd, uint64_t start, uint64_t len, uint64_t mode);
 int emu_uffd_read(int fd, void *msgs, size_t bytes);
 
 /* region.c */
@@ -150,6 +170,39 @@ int64_t emu_lazy_free(struct emu_region *r, const struct emu_range *ranges, size
 int64_t emu_lazy_drop(struct emu_region *r, const struct emu_range *ranges, size_t n);
 int64_t emu_poison(struct emu_region *r, const struct emu_range *ranges, size_t n);
 int64_t emu_unpoison(struct emu_region *r, const struct emu_range *ranges, size_t n);
+
+/* aside.c */
+int emu_region_lend_side(struct emu_region *r, void *base);
+int emu_region_aside_how(struct emu_region *r);
+int64_t emu_set_aside(struct emu_region *r, const struct emu_range *ranges, size_t n, int stamp);
+int64_t emu_bring_back(struct emu_region *r, const struct emu_range *ranges, size_t n);
+int64_t emu_aside_drop(struct emu_region *r, const struct emu_range *ranges, size_t n, int stamp, int evict);
+int64_t emu_aside_sweep(struct emu_region *r);
+
+/* swap.c */
+int emu_swap_on(struct emu_region *r, const struct emu_store_options *options);
+int64_t emu_swap_out(struct emu_region *r, const struct emu_range *ranges, size_t n);
+int64_t emu_swap_back(struct emu_region *r, const struct emu_range *ranges, size_t n);
+int emu_swap_info(struct emu_region *r, struct emu_store_info *ret);
+int emu_swap_corrupt(struct emu_region *r, uint64_t gfn, uint64_t byte);
+int emu_swapd_start(struct emu_region *r);
+int emu_swapd_kick(struct emu_region *r, uint64_t frames);
+int emu_swapd_drain(struct emu_region *r);
+
+/* gate.c */
+int emu_gate_init(struct emu_gate *g, int64_t max);
+void emu_gate_set_max(struct emu_gate *g, int64_t max);
+int64_t emu_gate_charged(struct emu_gate *g);
+int64_t emu_gate_slot_read(struct emu_gate *g, int slot, struct emu_gate_slot *ret);
+int64_t emu_gate_release(struct emu_gate *g, int slot);
+int emu_gate_attach(struct emu_region *r, struct emu_gate *g, int slot, int deadline_ms);
+
+/* access.c */
+int emu_access_track(struct emu_region *r, int on);
+int emu_access_harvest(struct emu_region *r, uint64_t gfn, uint64_t count, int bits, uint8_t *ret);
+int emu_access_scan(struct emu_region *r, uint64_t *ret);
+int64_t emu_access_victims(struct emu_region *r, int min_age, uint64_t want, struct emu_range *ret, size_t cap, size_t *n);
+int64_t emu_access_written(struct emu_region *r);
 
 /* guestcopy.c, guestwalk.c, vcpu.c */
 int emu_guest_read(struct emu_region *r, uint64_t gpa, void *buf, uint64_t n, struct emu_progress *ret);

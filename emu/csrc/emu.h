@@ -24,6 +24,9 @@ enum emu_state {
 	EMU_LAZY,     /* MADV_FREE'd once: the kernel may drop it without an event; a write cancels silently */
 	EMU_BUSY,     /* in transition: whoever meets it waits and then reads it again */
 	EMU_LOST,     /* poisoned: an access fails, and never sees zeros */
+	EMU_ASIDE,    /* moved out of the guest, kept for a while: any touch brings it back */
+	EMU_PRESERVED, /* in the store: any touch brings it back */
+	EMU_DISCARDED, /* taken while its owner can make it anew: an access fails, and is told so (ENODATA) */
 	EMU_NR_STATES
 };
 
@@ -39,6 +42,10 @@ enum emu_service {
 #define EMU_NO_FULL (1u << 2)   /* open user-mode-only at best */
 #define EMU_NO_DEVICE (1u << 3) /* not through /dev/userfaultfd */
 #define EMU_NO_SYSCALL (1u << 4)
+#define EMU_NO_MOVE (1u << 5)
+#define EMU_NO_WP (1u << 6)
+#define EMU_NO_LZ4 (1u << 7)
+#define EMU_NO_MEMBARRIER (1u << 8)
 
 /* Frames [gfn, gfn + count).  key seeds the content of the first one in fill and verify; the others count on. */
 struct emu_range {
@@ -69,6 +76,8 @@ int emu_uffd_wake(int fd, uint64_t start, uint64_t len);
 int emu_uffd_copy(int fd, uint64_t dst, uint64_t src, uint64_t len, uint64_t mode, int64_t *done);
 int emu_uffd_zeropage(int fd, uint64_t start, uint64_t len, uint64_t mode, int64_t *done);
 int emu_uffd_poison(int fd, uint64_t start, uint64_t len, uint64_t mode, int64_t *done);
+int emu_uffd_move(int fd, uint64_t dst, uint64_t src, uint64_t len, uint64_t mode, int64_t *done);
+int emu_uffd_writeprotect(int fd, uint64_t start, uint64_t len, uint64_t mode);
 int emu_uffd_read(int fd, void *msgs, size_t bytes); /* bytes read or -errno */
 
 /* ---- region.c ---------------------------------------------------------------------------------------------- */
@@ -79,6 +88,9 @@ struct emu_region_options {
 	int uffd; /* handshaken and registered over the range; -1 with EMU_SERVICE_OFF */
 	int service;
 	int poison;       /* the uffd has UFFD_FEATURE_POISON */
+	int move;         /* it has UFFD_FEATURE_MOVE */
+	int wp;           /* the range is registered for write protection, without WP_ASYNC; not with move */
+	int wp_async;     /* or with it: the kernel notes writes; only with move, see aside.c */
 	int service_cpu;  /* pin the service thread there; -1 = anywhere */
 	uint32_t fault_around; /* frames, a power of two, 1..512 */
 	uint32_t disable; /* EMU_NO_* */
@@ -110,7 +122,7 @@ int emu_stats_count(void);
 const char *emu_stats_name(int i);
 int emu_stats_read(struct emu_region *r, int64_t *ret); /* emu_stats_count() values */
 /* How long faults took, as the faulting thread saw it, since the region was opened. */
-enum emu_latency { EMU_LAT_FAULT_WRITE, EMU_LAT_FAULT_READ, EMU_NR_LATENCIES };
+enum emu_latency { EMU_LAT_FAULT_WRITE, EMU_LAT_FAULT_READ, EMU_LAT_ASIDE_RETURN, EMU_LAT_SWAP_IN, EMU_NR_LATENCIES };
 struct emu_hist;
 int emu_latency_read(struct emu_region *r, int which, struct emu_hist *ret);
 
@@ -127,6 +139,95 @@ int64_t emu_lazy_drop(struct emu_region *r, const struct emu_range *ranges, size
 /* A memory error in guest RAM: content is gone, accesses fail. And its explicit undoing. */
 int64_t emu_poison(struct emu_region *r, const struct emu_range *ranges, size_t n);
 int64_t emu_unpoison(struct emu_region *r, const struct emu_range *ranges, size_t n);
+
+/* ---- aside.c ------------------------------------------------------------------------------------------------- */
+
+/*
+ * Lend the side region: as large as the RAM, mapped alike (private, anonymous, no huge pages), registered with the same
+ * uffd, empty.  Once; it may be unmapped after emu_region_close().
+ */
+int emu_region_lend_side(struct emu_region *r, void *base);
+int emu_region_aside_how(struct emu_region *r); /* 2: UFFDIO_MOVE, 1: write-protect and copy, 0: neither */
+#define EMU_STAMP_MAX 65534
+/* Take RESIDENT frames out of the guest, stamped with a number up to EMU_STAMP_MAX; the count, or -errno. */
+int64_t emu_set_aside(struct emu_region *r, const struct emu_range *ranges, size_t n, int stamp);
+/* Put them back without a touch; the count. */
+int64_t emu_bring_back(struct emu_region *r, const struct emu_range *ranges, size_t n);
+/* Those of the frames still aside with that stamp (-1: any) are dropped: ZERO, or with evict DISCARDED. The count. */
+int64_t emu_aside_drop(struct emu_region *r, const struct emu_range *ranges, size_t n, int stamp, int evict);
+int64_t emu_aside_sweep(struct emu_region *r); /* drop copies that are left in the side region of frames that came back */
+
+/* ---- store.c, swap.c ------------------------------------------------------------------------------------------ */
+
+struct emu_store_options {
+	uint64_t memory; /* bytes of the pool in memory; 0: none */
+	int fd;          /* of the file tier; -1: none. Stays the caller's, who closes it after the region */
+	uint64_t file;   /* bytes that it may grow to */
+	uint32_t readahead; /* pages, 1..32, brought back with a missing one where they were stored after it */
+	uint32_t disable;   /* EMU_NO_LZ4 */
+};
+struct emu_store_info {
+	int64_t pages, same, raw; /* stored now; of those a word each, and of those uncompressed */
+	int64_t object_bytes;     /* of the others, together, in memory and in the file */
+	int64_t pool_bytes;       /* memory that the pool has taken for them, in slabs */
+	int64_t pool_resident;    /* of it, by the kernel */
+	int64_t file_bytes;       /* of the file in use */
+	int error;                /* the last errno of a page that couldn't be stored, or read; 0 */
+	int lz4;
+};
+int emu_swap_on(struct emu_region *r, const struct emu_store_options *options); /* needs the side region */
+/* Out of the guest into the store: those that went, which may be fewer (it is full, or fails: emu_store_info.error). */
+int64_t emu_swap_out(struct emu_region *r, const struct emu_range *ranges, size_t n);
+int64_t emu_swap_back(struct emu_region *r, const struct emu_range *ranges, size_t n); /* into the guest, without a touch */
+int emu_swap_info(struct emu_region *r, struct emu_store_info *ret);
+int emu_swap_corrupt(struct emu_region *r, uint64_t gfn, uint64_t byte); /* for tests: flip a bit of what is stored */
+/* The worker: takes the frames idle longest, as many as were asked for in emu_swapd_kick(), and when a gate is at its max. */
+int emu_swapd_start(struct emu_region *r);
+int emu_swapd_kick(struct emu_region *r, uint64_t frames);
+int emu_swapd_drain(struct emu_region *r); /* until it has done what it was asked for, or can't */
+
+/* ---- gate.c: a budget that several processes share --------------------------------------------------------------- */
+
+#define EMU_GATE_SLOTS 64
+struct emu_gate_slot {
+	int64_t charged;   /* frames; what of it is stock, taken and not yet used, is a region's own business */
+	int64_t throttled; /* charges that had to wait */
+	int64_t throttled_ns;
+	int64_t failed; /* those that waited in vain */
+	uint64_t pad[4];
+};
+struct emu_gate {
+	uint64_t magic;
+	int64_t max; /* frames; charges wait above it */
+	int64_t peak; /* the most that was charged at once */
+	uint32_t seq, waiters; /* a futex: something was given back */
+	uint64_t pad[4];
+	struct emu_gate_slot slot[EMU_GATE_SLOTS];
+};
+int emu_gate_init(struct emu_gate *g, int64_t max); /* in memory that is shared, zeroed */
+void emu_gate_set_max(struct emu_gate *g, int64_t max);
+int64_t emu_gate_charged(struct emu_gate *g); /* frames, all slots */
+int64_t emu_gate_slot_read(struct emu_gate *g, int slot, struct emu_gate_slot *ret);
+int64_t emu_gate_release(struct emu_gate *g, int slot); /* its process is dead: give back what it had; frames */
+/* Charge this region's frames from now on, those that it has among them. deadline_ms: how long a charge waits. */
+int emu_gate_attach(struct emu_region *r, struct emu_gate *g, int slot, int deadline_ms);
+
+/* ---- access.c --------------------------------------------------------------------------------------------------- */
+
+#define EMU_ACCESSED 1
+#define EMU_DIRTIED 2
+int emu_access_track(struct emu_region *r, int on);
+/*
+ * Read and clear bits: ret[i] = those of `bits` that frame gfn + i had. An access that is under way leaves its bits set, so
+ * that what it stores after this isn't missed by the next harvest.
+ */
+int emu_access_harvest(struct emu_region *r, uint64_t gfn, uint64_t count, int bits, uint8_t *ret);
+/* One scan: frames in memory (RESIDENT, LAZY) not accessed since the last one get a scan older. ret[age], of 256, is cleared. */
+int emu_access_scan(struct emu_region *r, uint64_t *ret);
+/* Up to `want` RESIDENT frames, oldest first as of the last scan, none younger than min_age, in ranges. */
+int64_t emu_access_victims(struct emu_region *r, int min_age, uint64_t want, struct emu_range *ret, size_t cap, size_t *n);
+/* Pages written since the last call, by the kernel's word (WP_ASYNC), which starts anew. -EOPNOTSUPP. */
+int64_t emu_access_written(struct emu_region *r);
 
 /* ---- guestcopy.c ------------------------------------------------------------------------------------------- */
 
@@ -180,6 +281,7 @@ void emu_content_words(uint64_t seed, uint64_t key, uint64_t *ret); /* the 512 w
 
 enum emu_event_type {
 	EMU_EV_DISCARD = 1, EMU_EV_LAZY_FREE, EMU_EV_LAZY_DROP, EMU_EV_POISON, EMU_EV_LOST_FAULT, EMU_EV_SERVICE_DIED,
+	EMU_EV_ASIDE, EMU_EV_ASIDE_DROP, EMU_EV_SWAP_OUT, EMU_EV_SWAP_FAILED, EMU_EV_SWAP_CORRUPT,
 	EMU_EV_FAULT /* only while tracing is on */
 };
 struct emu_event {
@@ -187,7 +289,7 @@ struct emu_event {
 	uint64_t gfn;
 	uint32_t count; /* frames; of a reclaim: those taken, in all its ranges, the first of which starts at gfn */
 	uint16_t type;
-	uint16_t arg; /* FAULT: 1 = write; SERVICE_DIED: errno */
+	uint16_t arg; /* FAULT: 1 = write; SERVICE_DIED, SWAP_FAILED: errno */
 };
 int64_t emu_ring_drain(struct emu_region *r, struct emu_event *ret, size_t cap); /* events */
 int emu_ring_trace_faults(struct emu_region *r, int on);
@@ -238,6 +340,7 @@ enum emu_lru {
 #define EMU_PG_WORKINGSET (1u << 6)
 #define EMU_PG_RECLAIM (1u << 7) /* reclaim met it dirty: to the inactive tail once it is written */
 #define EMU_PG_YOUNG (1u << 8)   /* accessed through a mapping since reclaim looked: one bit for all PTEs */
+#define EMU_PG_HANDED (1u << 9)  /* handed over to the host as inactive, and not accessed since */
 
 struct emu_memmap_stats {
 	int64_t nr_owner[EMU_NR_OWNERS]; /* frames; FREE isn't kept */
@@ -317,9 +420,14 @@ struct emu_shrink {
 	uint64_t nr_dirty, nr_writeback, nr_activated, nr_kept, nr_deactivated;
 };
 int emu_lru_shrink(struct emu_memmap *m, int list, struct emu_shrink *ret);
-/* Age: file pages not accessed for that many generations sink to the inactive list, and clean unmapped ones are freed. */
+/*
+ * Age: file pages not accessed for that many generations sink to the inactive list, and clean unmapped ones are freed; or
+ * only listed, to be handed over, each once until it is accessed again.
+ */
 struct emu_aging {
 	uint16_t sink_after, free_after;
+	int hand_over;
+	uint64_t most; /* pages freed, or listed; 0: no bound */
 	uint32_t *freed; /* room for nr_lru[INACTIVE_FILE] + nr_lru[ACTIVE_FILE] */
 	uint64_t nr_scanned, nr_sunk, nr_freed;
 };

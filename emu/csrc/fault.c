@@ -11,7 +11,10 @@
  *   BUSY      waits, then looks again
  *   RESIDENT, nothing: the fault was raised before another thread's install, and the access will go through.  The
  *   ZEROMAP   caller counts how often that happens to one address in a row
- *   LOST      refuses: the access must fail, never see zeros
+ *   ASIDE     brings the page back from the side region (aside.c)
+ *   PRESERVED brings it back from the store, and perhaps its neighbours (swap.c)
+ *   LOST,     refuses: the access must fail, never see zeros
+ *   DISCARDED
  *
  * Race: two vCPUs fault on one frame.  Both signals (or both messages) are real; one claim wins, the loser waits on
  * BUSY and then finds the frame present.  Race: discard against a fault.  A discard holds BUSY over its madvise, so
@@ -21,6 +24,8 @@
  * Async-signal-safe from end to end: ioctl, futex, atomics.
  */
 #include "core.h"
+
+#include <sys/mman.h>
 
 /*
  * Frames [gfn, gfn + count) are BUSY, taken by us from `prior`.  Install src (NULL: zeros) and publish them all; the
@@ -96,7 +101,7 @@ int emu_fault_vanished(struct emu_region *r, uint64_t gfn)
 
 	if ((state != EMU_RESIDENT && state != EMU_ZEROMAP) || !emu_state_try(r, gfn, state, EMU_BUSY))
 		return 0;
-	emu_pages_absent(r, gfn, 1, &absent);
+	emu_pages_absent(r, emu_frame(r, gfn), 1, &absent);
 	if (absent) {
 		emu_lose(r, gfn, 1);
 		emu_stat_add(r, EMU_STAT_pgfault_failed, 1);
@@ -118,10 +123,20 @@ static void claim_around(struct emu_region *r, uint64_t gfn, uint64_t *first, ui
 		hi = r->frames;
 	*first = gfn;
 	*end = gfn + 1;
-	while (*first > lo && emu_state_load(r, *first - 1) == EMU_ZERO &&
-	       emu_state_try(r, *first - 1, EMU_ZERO, EMU_BUSY))
+	/* what the neighbours cost is charged if there is room, and nobody waits for it */
+	while (*first > lo && emu_state_load(r, *first - 1) == EMU_ZERO && !emu_gate_charge(r, 1, EMU_GATE_TRY)) {
+		if (!emu_state_try(r, *first - 1, EMU_ZERO, EMU_BUSY)) {
+			emu_gate_uncharge(r, 1);
+			break;
+		}
 		--*first;
-	*end += emu_state_claim(r, *end, hi - *end, EMU_ZERO);
+	}
+	if (!emu_gate_charge(r, (int64_t)(hi - *end), EMU_GATE_TRY)) {
+		const uint64_t claimed = emu_state_claim(r, *end, hi - *end, EMU_ZERO);
+
+		emu_gate_uncharge(r, (int64_t)(hi - *end - claimed));
+		*end += claimed;
+	}
 }
 
 /* Returns 0 when the access may be tried again, else -errno: it can't succeed. */
@@ -130,6 +145,7 @@ int emu_fault_resolve(struct emu_region *r, uint64_t gfn, bool write)
 	for (;;) {
 		uint8_t state = emu_state_load(r, gfn);
 		uint64_t first = gfn, end = gfn + 1, done;
+		bool charged;
 		int err;
 
 		switch (state) {
@@ -144,16 +160,40 @@ int emu_fault_resolve(struct emu_region *r, uint64_t gfn, bool write)
 			emu_stat_add(r, EMU_STAT_pgfault_lost, 1);
 			emu_ring_push(r, EMU_EV_LOST_FAULT, gfn, 1, write);
 			return -EHWPOISON;
+		case EMU_DISCARDED:
+			emu_stat_add(r, EMU_STAT_pgfault_discarded, 1);
+			return -ENODATA;
 		default:
 			break;
 		}
-		if (!emu_state_try(r, gfn, state, EMU_BUSY))
+		/* before the frame is claimed: who waits for memory holds nothing that who frees some may wait for */
+		charged = state == EMU_ZERO || state == EMU_PRESERVED;
+		if (charged && (err = emu_gate_charge(r, 1, EMU_GATE_WAIT))) {
+			emu_stat_add(r, EMU_STAT_pgfault_failed, 1);
+			return err;
+		}
+		if (!emu_state_try(r, gfn, state, EMU_BUSY)) {
+			emu_gate_uncharge(r, charged);
 			continue;
+		}
+		if (state == EMU_ASIDE || state == EMU_PRESERVED) {
+			err = state == EMU_ASIDE ? emu_aside_return(r, gfn) : emu_swap_in(r, gfn);
+			if (err < 0) {
+				emu_gate_uncharge(r, charged);
+				emu_stat_add(r, EMU_STAT_pgfault_failed, 1);
+				return err;
+			}
+			if (emu_ring_traces_faults(r))
+				emu_ring_push(r, EMU_EV_FAULT, gfn, 1, write);
+			return 0;
+		}
 		if (state == EMU_LAZY)
 			emu_stat_add(r, EMU_STAT_pgfault_lazy, 1);
 		else if (r->fault_around > 1)
 			claim_around(r, gfn, &first, &end);
 		err = emu_fault_fill(r, first, end - first, state, write, NULL, &done);
+		if (state == EMU_ZERO)
+			emu_gate_uncharge(r, (int64_t)(end - first - done));
 		if (err && first + done <= gfn) { /* else the error is a neighbour's, which can fault for itself */
 			emu_stat_add(r, EMU_STAT_pgfault_failed, 1);
 			return err;
@@ -165,21 +205,41 @@ int emu_fault_resolve(struct emu_region *r, uint64_t gfn, bool write)
 	}
 }
 
+/* A frame that is about to be wholly overwritten, and whose content isn't missed: DISCARDED -> ZERO. */
+void emu_fault_forget(struct emu_region *r, uint64_t gfn)
+{
+	int err = 0;
+
+	if (emu_state_load(r, gfn) != EMU_DISCARDED || !emu_state_try(r, gfn, EMU_DISCARDED, EMU_BUSY))
+		return;
+	if (r->service != EMU_SERVICE_INLINE) /* there is a marker */
+		err = madvise(emu_frame(r, gfn), EMU_FRAME_SIZE, MADV_DONTNEED) || emu_find(r, gfn, 1);
+	emu_state_publish(r, gfn, err ? EMU_DISCARDED : EMU_ZERO);
+	emu_state_moved(r, EMU_DISCARDED, err ? EMU_DISCARDED : EMU_ZERO, 1);
+	emu_state_wake(r, gfn, 1);
+}
+
 /*
  * Frames from gfn on, as many in a row as are ZERO, get the pages at src without a fault.  Returns how many now hold
  * src (0: the first one isn't missing, write it), or -errno if there were none for a reason.
  */
 int64_t emu_fault_install(struct emu_region *r, uint64_t gfn, uint64_t count, const void *src)
 {
+	const int64_t most = (int64_t)(count < EMU_BLOCK_FRAMES ? count : EMU_BLOCK_FRAMES);
 	uint64_t n, done;
 	int err;
 
 	if (r->uffd < 0)
 		return 0;
-	n = emu_state_claim(r, gfn, count < EMU_BLOCK_FRAMES ? count : EMU_BLOCK_FRAMES, EMU_ZERO);
+	err = emu_gate_charge(r, most, EMU_GATE_WAIT);
+	if (err)
+		return err;
+	n = emu_state_claim(r, gfn, (uint64_t)most, EMU_ZERO);
+	emu_gate_uncharge(r, most - (int64_t)n);
 	if (!n)
 		return 0;
 	err = emu_fault_fill(r, gfn, n, EMU_ZERO, true, src, &done);
+	emu_gate_uncharge(r, (int64_t)(n - done));
 	if (r->service == EMU_SERVICE_THREAD)
 		emu_uffd_wake(r->uffd, (uintptr_t)emu_frame(r, gfn), n << EMU_FRAME_SHIFT);
 	return done || err == -EEXIST ? (int64_t)done : err;

@@ -47,6 +47,9 @@ static inline int note(struct emu_region *r, uint64_t gfn, bool write)
 		case EMU_LOST:
 			emu_stat_add(r, EMU_STAT_pgfault_lost, 1);
 			return -EHWPOISON;
+		case EMU_DISCARDED:
+			emu_stat_add(r, EMU_STAT_pgfault_discarded, 1);
+			return -ENODATA;
 		case EMU_ZEROMAP:
 			if (!write)
 				return 0;
@@ -126,7 +129,10 @@ EMU_GUEST_BYTES static inline void touch_byte(uint8_t *frame, bool write)
  */
 static inline int promise(struct emu_guard *guard, struct emu_region *r, uint64_t gfn, bool write)
 {
-	int changed = note(r, gfn, write);
+	int changed;
+
+	emu_access_note(r, gfn, 1, write);
+	changed = note(r, gfn, write);
 
 	if (changed < 0) {
 		guard->err = changed;
@@ -148,14 +154,24 @@ static inline void promise_kept(struct emu_guard *guard, struct emu_region *r, u
 		mark(r, gfn);
 }
 
+/* What an access to a frame in that state, which is missing, is timed as. */
+static inline enum emu_latency latency_of(uint8_t state, bool write)
+{
+	if (state == EMU_ASIDE)
+		return EMU_LAT_ASIDE_RETURN;
+	if (state == EMU_PRESERVED)
+		return EMU_LAT_SWAP_IN;
+	return write ? EMU_LAT_FAULT_WRITE : EMU_LAT_FAULT_READ;
+}
+
 /*
- * One access to a frame, noted before and after; returns 0, or an error with the frame in guard.  `first` says that the
- * frame was missing a moment ago: then one byte is touched by itself, and some of the times timed, so that what a fault
+ * One access to a frame, noted before and after; returns 0, or an error with the frame in guard.  `was`: the frame's state a
+ * moment ago; if it was missing, one byte is touched by itself, and some of the times timed, so that what a fault
  * costs is known and the rest of the access isn't part of it.
  */
-static inline int touch_frame(struct emu_guard *guard, struct emu_region *r, uint64_t gfn, bool write, bool first)
+static inline int touch_frame(struct emu_guard *guard, struct emu_region *r, uint64_t gfn, bool write, uint8_t was)
 {
-	const bool timed = first && emu_thread.faults++ % EMU_LATENCY_EVERY == 0;
+	const bool timed = emu_state_missing(was) && emu_thread.faults++ % EMU_LATENCY_EVERY == 0;
 	uint64_t t0 = timed ? emu_now_ns() : 0;
 	int changed;
 
@@ -167,7 +183,7 @@ static inline int touch_frame(struct emu_guard *guard, struct emu_region *r, uin
 		promise_kept(guard, r, gfn, changed);
 	} while (!noted(r, gfn, write));
 	if (timed)
-		emu_latency_add(r, write ? EMU_LAT_FAULT_WRITE : EMU_LAT_FAULT_READ, emu_now_ns() - t0);
+		emu_latency_add(r, latency_of(was, write), emu_now_ns() - t0);
 	return 0;
 }
 
@@ -188,7 +204,7 @@ static inline void keep_promise(struct emu_guard *guard)
 	guard->promised = EMU_NO_PROMISE;
 	if (!sigsetjmp(guard->env, EMU_SAVEMASK)) {
 		barrier();
-		if (!touch_frame(guard, guard->region, gfn, write, false))
+		if (!touch_frame(guard, guard->region, gfn, write, EMU_RESIDENT))
 			mark(guard->region, gfn); /* the promise itself may have been for a page that came without a fault */
 		barrier();
 	}

@@ -31,10 +31,20 @@ static void copy(struct copy *c)
 		uint64_t n = EMU_FRAME_SIZE - off < c->left ? EMU_FRAME_SIZE - off : c->left;
 		uint8_t *at = emu_frame(r, gfn) + off;
 		int64_t installed = 0;
+		uint8_t state = emu_state_load(r, gfn);
 		int changed;
 
-		if (c->install && n == EMU_FRAME_SIZE && emu_state_load(r, gfn) == EMU_ZERO)
-			installed = emu_fault_install(r, gfn, c->left >> EMU_FRAME_SHIFT, c->buf);
+		if (state == EMU_DISCARDED && c->write && n == EMU_FRAME_SIZE) {
+			emu_fault_forget(r, gfn);
+			state = emu_state_load(r, gfn);
+		}
+
+		if (c->install && n == EMU_FRAME_SIZE && state == EMU_ZERO) {
+			const uint64_t most = c->left >> EMU_FRAME_SHIFT;
+
+			emu_access_note(r, gfn, most < EMU_BLOCK_FRAMES ? most : EMU_BLOCK_FRAMES, true);
+			installed = emu_fault_install(r, gfn, most, c->buf);
+		}
 		if (installed > 0) {
 			n = (uint64_t)installed << EMU_FRAME_SHIFT;
 		} else if (installed < 0) {
@@ -42,7 +52,7 @@ static void copy(struct copy *c)
 			c->guard.gfn = gfn;
 			return;
 		} else {
-			if (emu_state_load(r, gfn) == EMU_ZERO && touch_frame(&c->guard, r, gfn, c->write, true))
+			if (emu_state_missing(state) && touch_frame(&c->guard, r, gfn, c->write, state))
 				return;
 			do {
 				changed = promise(&c->guard, r, gfn, c->write);
@@ -66,6 +76,7 @@ static void copy(struct copy *c)
 static int copy_armed(struct copy *c)
 {
 	c->guard.region = c->r;
+	emu_access_enter(c->r);
 	c->guard.err = 0;
 	c->guard.promised = EMU_NO_PROMISE;
 	if (!sigsetjmp(c->guard.env, EMU_SAVEMASK)) {
@@ -77,6 +88,7 @@ static int copy_armed(struct copy *c)
 		keep_promise(&c->guard);
 	}
 	atomic_store_explicit(&emu_thread.guard, NULL, memory_order_relaxed);
+	emu_access_leave(c->r);
 	return c->guard.err;
 }
 

@@ -85,11 +85,12 @@ static uint64_t resident_run(const struct emu_region *r, uint64_t gfn, uint64_t 
  * One load or store in a loop, and not eight unrolled: the prefetcher goes by the instruction's address and stride.  An
  * atomic OR waits for its line before the next one starts, so lines are asked for ahead of it.
  */
-EMU_GUEST_BYTES static uint64_t touch_resident(const struct emu_region *r, uint64_t gfn, uint64_t count, bool write)
+EMU_GUEST_BYTES static uint64_t touch_resident(struct emu_region *r, uint64_t gfn, uint64_t count, bool write)
 {
 	const uint64_t n = gfn % 8 ? 0 : resident_run(r, gfn, count < TOUCH_RUN ? count : TOUCH_RUN);
 	const uint8_t *end = emu_frame(r, gfn + n);
 
+	emu_access_note(r, gfn, n, write);
 	if (write)
 		for (uint8_t *frame = emu_frame(r, gfn); frame < end; frame += EMU_FRAME_SIZE) {
 			__builtin_prefetch(frame + AHEAD * EMU_FRAME_SIZE, 1);
@@ -106,19 +107,24 @@ static int walk_frame(struct emu_walk *w, uint64_t gfn, uint64_t key)
 {
 	struct emu_region *r = w->r;
 	const bool write = writes(w->op), copies = w->op == EMU_COPY;
-	bool first = emu_state_load(r, gfn) == EMU_ZERO, good;
+	uint8_t was = emu_state_load(r, gfn);
+	bool good;
 
 	if (w->op == EMU_TOUCH_WRITE || w->op == EMU_TOUCH_READ)
-		return touch_frame(&w->guard, r, gfn, write, first);
+		return touch_frame(&w->guard, r, gfn, write, was);
+	if (write && was == EMU_DISCARDED) { /* wholly overwritten */
+		emu_fault_forget(r, gfn);
+		was = emu_state_load(r, gfn);
+	}
 	do {
 		int changed, err;
 
 		/* each time: a discard may have taken either frame since */
-		if (copies && (err = touch_frame(&w->guard, r, key, false, emu_state_load(r, key) == EMU_ZERO)))
+		if (copies && (err = touch_frame(&w->guard, r, key, false, emu_state_load(r, key))))
 			return err;
-		if (first && (err = touch_frame(&w->guard, r, gfn, write, true)))
+		if (emu_state_missing(was) && (err = touch_frame(&w->guard, r, gfn, write, was)))
 			return err;
-		first = false;
+		was = EMU_RESIDENT;
 		changed = promise(&w->guard, r, gfn, write);
 		if (changed < 0)
 			return changed;
@@ -174,6 +180,7 @@ static void walk(struct emu_walk *w)
 int emu_guest_walk(struct emu_walk *w)
 {
 	w->guard.region = w->r;
+	emu_access_enter(w->r);
 	w->guard.err = 0;
 	w->done = 0;
 	w->guard.promised = EMU_NO_PROMISE;
@@ -186,5 +193,6 @@ int emu_guest_walk(struct emu_walk *w)
 		keep_promise(&w->guard);
 	}
 	atomic_store_explicit(&emu_thread.guard, NULL, memory_order_relaxed);
+	emu_access_leave(w->r);
 	return w->guard.err;
 }

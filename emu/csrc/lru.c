@@ -93,7 +93,7 @@ void emu_lru_accessed(struct emu_memmap *m, uint32_t pfn)
 {
 	struct emu_page *p = page_of(m, pfn);
 
-	p->gen = m->stats.gen;
+	stamp(m, p);
 	if (!has(p, EMU_PG_REFERENCED)) {
 		p->flags |= EMU_PG_REFERENCED;
 	} else if (!has(p, EMU_PG_ACTIVE) && has(p, PG_LRU) && !has(p, PG_UNEVICTABLE)) {
@@ -246,8 +246,14 @@ int emu_lru_age(struct emu_memmap *m, struct emu_aging *ret)
 				ret->nr_sunk++;
 				continue;
 			}
-			if (age < ret->free_after || has(p, busy) || p->mapcount)
+			if (age < ret->free_after || has(p, busy) || p->mapcount || (ret->most && ret->nr_freed >= ret->most))
 				continue;
+			if (ret->hand_over) {
+				if (!has(p, EMU_PG_HANDED))
+					ret->freed[ret->nr_freed++] = pfn;
+				p->flags |= EMU_PG_HANDED;
+				continue;
+			}
 			emu_space_drop(m, pfn, emu_lru_shadow(m, pfn));
 			ret->freed[ret->nr_freed++] = pfn;
 		}

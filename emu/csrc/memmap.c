@@ -124,7 +124,7 @@ int emu_pages_use(struct emu_memmap *m, const struct emu_range *ranges, size_t n
 			emu_page_own(m, pfn, (uint8_t)owner);
 			if (owner == EMU_OWNER_ANON || owner == EMU_OWNER_SHMEM) {
 				p->flags = owner == EMU_OWNER_ANON ? PG_SWAPBACKED : PG_UNEVICTABLE;
-				p->gen = m->stats.gen;
+				stamp(m, p);
 				emu_lru_add(m, pfn);
 			}
 		}
@@ -169,7 +169,7 @@ int emu_pages_map(struct emu_memmap *m, const struct emu_range *ranges, size_t n
 			m->stats.nr_mapped += (p->mapcount != 0) - was;
 			if (young) {
 				p->flags |= EMU_PG_YOUNG;
-				p->gen = m->stats.gen;
+				stamp(m, p);
 			}
 			if (delta < 0 && has(p, EMU_PG_YOUNG)) {
 				p->flags &= (uint16_t)~EMU_PG_YOUNG;

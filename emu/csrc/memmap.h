@@ -54,6 +54,12 @@ static inline struct emu_page *page_of(struct emu_memmap *m, uint32_t pfn)
 {
 	return &m->t.page[pfn];
 }
+/* An access, for who goes by age. */
+static inline void stamp(const struct emu_memmap *m, struct emu_page *p)
+{
+	p->gen = m->stats.gen;
+	p->flags &= (uint16_t)~EMU_PG_HANDED;
+}
 static inline bool has(const struct emu_page *p, unsigned flag)
 {
 	return p->flags & flag;

@@ -194,7 +194,7 @@ int64_t emu_space_lookup(struct emu_memmap *m, struct emu_space *s, uint64_t fir
 		if (runs && !append(runs, cap, nr_runs, (uint32_t)pfn, first + k))
 			break;
 		if (how & EMU_LOOKUP_SKIP_FIRST && !k)
-			page_of(m, (uint32_t)pfn)->gen = m->stats.gen; /* used, if not once more */
+			stamp(m, page_of(m, (uint32_t)pfn)); /* used, if not once more */
 		else if (how & EMU_LOOKUP_MARK)
 			emu_lru_accessed(m, (uint32_t)pfn);
 		if (how & EMU_LOOKUP_READAHEAD && has(page_of(m, (uint32_t)pfn), EMU_PG_READAHEAD))
@@ -313,7 +313,7 @@ int64_t emu_space_flag(struct emu_memmap *m, struct emu_space *s, uint64_t first
 		before = p->flags;
 		p->flags = (uint16_t)((before | set) & ~clear);
 		if (set & EMU_PG_DIRTY)
-			p->gen = m->stats.gen; /* written: nothing to the lists, as in Linux, but an access to who goes by age */
+			stamp(m, p); /* written: nothing to the lists, as in Linux, but an access to who goes by age */
 		if (p->flags == before)
 			continue;
 		changed++;

@@ -7,6 +7,7 @@
  *   lazy_drop   MADV_PAGEOUT    pressure on demand: takes the lazy ones now   LAZY -> ZERO, where it did
  *   poison      MADV_DONTNEED   and every access fails from then on           -> LOST
  *   unpoison                    the only way out of LOST: never a side effect -> ZERO
+ *   drop        MADV_DONTNEED   of what was set aside and not asked for       ASIDE -> ZERO, or DISCARDED
  *
  * One engine under all: walk the ranges, claim frames into BUSY, gather neighbours into runs and runs into a batch,
  * make one system call for the batch, publish.  A batch holds at most BATCH frames, which bounds how long a fault may
@@ -18,7 +19,7 @@
  * block whose summary word is 0 isn't even walked, and a batch that has waited for WALK frames to be looked at goes as it
  * is.
  *
- * Races, thought through once for all five:
+ * Races, thought through once for all:
  *  - against a fault: BUSY spans the madvise, so no install can fall between the page's end and the byte's.
  *  - against a guest's access that doesn't fault: the page goes before or after the access, as with two CPUs and one
  *    real page.  Who gives a frame back while a vCPU still uses it has lost what that vCPU wrote; that is the caller's
@@ -35,6 +36,9 @@
  *    asked: a frame marked RESIDENT whose page is gone could never be served again.
  *  - against the end of the thread service (dead): what a reclaim under way empties after service.c has poisoned
  *    everything missing would leave a later access asleep, so it is poisoned here.
+ *  - a frame that is ASIDE has its page in the side region (aside.c), and one that is PRESERVED has it in the store: giving
+ *    such a frame back drops it there.  A drop takes only what was set aside at a given time (its stamp): what came back
+ *    meanwhile and was set aside anew has another one, and the stamp can't change while the frame is BUSY.
  *  - lazy_drop asks pagemap, under BUSY, what the kernel did: neither present nor swapped means dropped.  mincore
  *    can't tell a swapped page from a dropped one, and a swapped page holds data.
  */
@@ -43,9 +47,6 @@
 
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
-#include <sys/uio.h>
-#include <unistd.h>
 
 #define BATCH 16384 /* frames of a discard */
 #define FEW 1024    /* frames, where taking one may need more than freeing it: pageout, poison, MADV_FREE */
@@ -55,7 +56,7 @@
 
 #define IN(s) (1u << EMU_##s)
 
-enum verb { DISCARD, LAZY_FREE, LAZY_DROP, POISON, UNPOISON };
+enum verb { DISCARD, LAZY_FREE, LAZY_DROP, POISON, UNPOISON, ASIDE_DROP, ASIDE_EVICT };
 
 static const struct {
 	uint32_t claims; /* states that the verb takes */
@@ -63,20 +64,23 @@ static const struct {
 	int event;
 	enum emu_stat frames, calls;
 } verbs[] = {
-	[DISCARD] = { IN(ZEROMAP) | IN(RESIDENT) | IN(LAZY), MADV_DONTNEED, EMU_EV_DISCARD,
+	[DISCARD] = { IN(ZEROMAP) | IN(RESIDENT) | IN(LAZY) | IN(ASIDE) | IN(DISCARDED), MADV_DONTNEED, EMU_EV_DISCARD,
 	              EMU_STAT_discard_frames, EMU_STAT_discard_calls },
 	[LAZY_FREE] = { IN(RESIDENT) | IN(LAZY), MADV_FREE, EMU_EV_LAZY_FREE,
 	                EMU_STAT_lazyfree_frames, EMU_STAT_lazyfree_calls },
 	[LAZY_DROP] = { IN(LAZY), MADV_PAGEOUT, EMU_EV_LAZY_DROP,
 	                EMU_STAT_lazydrop_frames, EMU_STAT_lazydrop_calls },
-	[POISON] = { IN(ZERO) | IN(ZEROMAP) | IN(RESIDENT) | IN(LAZY), MADV_DONTNEED, EMU_EV_POISON,
+	[POISON] = { IN(ZERO) | IN(ZEROMAP) | IN(RESIDENT) | IN(LAZY) | IN(ASIDE) | IN(DISCARDED), MADV_DONTNEED, EMU_EV_POISON,
 	             EMU_STAT_poison_frames, EMU_STAT_discard_calls },
 	[UNPOISON] = { IN(LOST), MADV_DONTNEED, 0, EMU_STAT_unpoison_frames, EMU_STAT_discard_calls },
+	[ASIDE_DROP] = { IN(ASIDE), MADV_DONTNEED, EMU_EV_ASIDE_DROP, EMU_STAT_aside_dropped, EMU_STAT_discard_calls },
+	[ASIDE_EVICT] = { IN(ASIDE), MADV_DONTNEED, EMU_EV_ASIDE_DROP, EMU_STAT_aside_dropped, EMU_STAT_discard_calls },
 };
 
 struct batch {
 	struct emu_region *r;
 	enum verb verb;
+	int stamp;      /* of ASIDE_DROP and ASIDE_EVICT: -1 = any */
 	int64_t taken;  /* frames that held memory, over all batches */
 	size_t runs;
 	uint64_t frames;
@@ -86,153 +90,16 @@ struct batch {
 	uint8_t prior[BATCH]; /* by frame, in the runs' order */
 };
 
-static _Atomic int self = PIDFD_SELF_THREAD_GROUP;
-
-/* In a forked child: the descriptor is its parent's, and so would be the pages. */
-void emu_advise_forked(void)
-{
-	int pidfd = atomic_exchange(&self, PIDFD_SELF_THREAD_GROUP);
-
-	if (pidfd >= 0)
-		close(pidfd);
-}
-
-static long advise_vectored(const struct iovec *iov, size_t n, int advice)
-{
-	long done = syscall(SYS_process_madvise, atomic_load(&self), iov, n, advice, 0);
-
-	if (done < 0 && errno == EBADF && atomic_load(&self) == PIDFD_SELF_THREAD_GROUP) {
-		/* a kernel that doesn't know the name: a descriptor of ours, one for the process */
-		int pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
-		int expected = PIDFD_SELF_THREAD_GROUP;
-
-		if (pidfd < 0)
-			return -1;
-		if (!atomic_compare_exchange_strong(&self, &expected, pidfd))
-			close(pidfd);
-		done = syscall(SYS_process_madvise, atomic_load(&self), iov, n, advice, 0);
-	}
-	return done;
-}
-
-/* Whether this kernel lets a process discard many ranges of its own in one call (6.13): found by doing it. */
-static int vectored_works;
-
-static void vectored_probe(void)
-{
-	uint8_t *p = mmap(NULL, 2 * EMU_FRAME_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	struct iovec iov[2] = { { p, EMU_FRAME_SIZE }, { p + EMU_FRAME_SIZE, EMU_FRAME_SIZE } };
-
-	if (p == MAP_FAILED)
-		return;
-	p[0] = p[EMU_FRAME_SIZE] = 1;
-	vectored_works = advise_vectored(iov, 2, MADV_DONTNEED) == 2 * EMU_FRAME_SIZE &&
-	                 !*(volatile uint8_t *)p && !*(volatile uint8_t *)(p + EMU_FRAME_SIZE);
-	munmap(p, 2 * EMU_FRAME_SIZE);
-}
-
-bool emu_advise_vectored_probe(void)
-{
-	static pthread_once_t once = PTHREAD_ONCE_INIT;
-
-	pthread_once(&once, vectored_probe);
-	return vectored_works;
-}
-
-/* Advise the batch's runs in order. *done is the number of runs finished: all of them, or up to the one that failed. */
-static int advise(struct batch *b, size_t *done_runs)
-{
-	const int advice = verbs[b->verb].advice;
-	size_t i = 0;
-
-	if (b->runs > 1 && b->r->vectored) {
-		uint64_t len = 0, whole = 0;
-		long done;
-
-		for (size_t k = 0; k < b->runs; k++)
-			len += b->run[k].iov_len;
-		done = advise_vectored(b->run, b->runs, advice);
-		emu_stat_add(b->r, verbs[b->verb].calls, 1);
-		if (done == (long)len) {
-			*done_runs = b->runs;
-			return 0;
-		}
-		/* A part, or none: the bare call finishes from the first unfinished run on, and tells the errno. */
-		while (done > 0 && i < b->runs && whole + b->run[i].iov_len <= (uint64_t)done)
-			whole += b->run[i++].iov_len;
-	}
-	for (; i < b->runs; i++) {
-		emu_stat_add(b->r, verbs[b->verb].calls, 1);
-		while (madvise(b->run[i].iov_base, b->run[i].iov_len, advice))
-			if (errno != EAGAIN && errno != EINTR) {
-				*done_runs = i;
-				return -errno;
-			}
-	}
-	*done_runs = b->runs;
-	return 0;
-}
-
-/* Frames held BUSY with no page behind them: from now on an access fails. What LOST rests on besides the byte. */
-int emu_lose(struct emu_region *r, uint64_t gfn, uint64_t count)
-{
-	const uint64_t start = (uintptr_t)emu_frame(r, gfn), len = count << EMU_FRAME_SHIFT;
-	uint64_t at = 0, done;
-	unsigned eagain = 0;
-	int err = 0;
-
-	if (r->service == EMU_SERVICE_INLINE) /* missing raises SIGBUS, and the handler reads LOST */
-		return 0;
-	if (r->service == EMU_SERVICE_THREAD && r->have_poison) {
-		for (; at < len && (!err || err == -EEXIST); at += done + (err ? EMU_FRAME_SIZE : 0)) /* EEXIST: has one */
-			err = emu_uffd_fill(r->uffd, EMU_FILL_POISON, start + at, NULL, len - at, true, &done, &eagain);
-		if (!err || err == -EEXIST)
-			return 0;
-	}
-	/* before 6.6, or without userfaultfd, or no memory for the marker: an access dies by SIGSEGV instead */
-	if (mprotect((void *)(uintptr_t)start, len, PROT_NONE))
-		return -errno;
-	if (r->uffd >= 0)
-		emu_uffd_wake(r->uffd, start, len);
-	return 0;
-}
-
-static int find(struct emu_region *r, uint64_t gfn, uint64_t count)
-{
-	if (r->service == EMU_SERVICE_INLINE)
-		return 0;
-	/* the MADV_DONTNEED has dropped a marker; an inaccessible frame becomes accessible, an accessible one stays so */
-	return mprotect(emu_frame(r, gfn), count << EMU_FRAME_SHIFT, PROT_READ | PROT_WRITE) ? -errno : 0;
-}
-
-/* Which of the frames have no page, neither in memory nor in swap. For frames held BUSY. */
-void emu_pages_absent(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret)
-{
-	enum { PART = 512 };
-	uint64_t page = (uintptr_t)emu_frame(r, gfn) >> EMU_FRAME_SHIFT, entry[PART];
-	unsigned char vec[PART];
-
-	for (; count > PART; gfn += PART, page += PART, ret += PART, count -= PART)
-		emu_pages_absent(r, gfn, PART, ret);
-	if (r->pagemap_fd >= 0 && pread(r->pagemap_fd, entry, count * 8, (off_t)(page * 8)) == (ssize_t)(count * 8)) {
-		for (uint64_t i = 0; i < count; i++)
-			ret[i] = !(entry[i] & (PAGEMAP_PRESENT | PAGEMAP_SWAP));
-		return;
-	}
-	/* Without /proc only what is present can be known for sure; on a host with swap, "absent" may be swapped. */
-	memset(ret, 0, count);
-	if (!mincore(emu_frame(r, gfn), count << EMU_FRAME_SHIFT, vec))
-		for (uint64_t i = 0; i < count; i++)
-			ret[i] = !(vec[i] & 1);
-}
-
 /* What a frame becomes when the verb was done to it. */
 static uint8_t outcome(enum verb verb, uint8_t prior, bool absent)
 {
 	switch (verb) {
 	case DISCARD:
 	case UNPOISON:
+	case ASIDE_DROP:
 		return EMU_ZERO;
+	case ASIDE_EVICT:
+		return EMU_DISCARDED;
 	case LAZY_FREE:
 		return EMU_LAZY;
 	case LAZY_DROP:
@@ -247,7 +114,7 @@ static bool counts(enum verb verb, uint8_t prior, uint8_t now)
 {
 	switch (verb) {
 	case DISCARD:
-		return prior != EMU_ZEROMAP && now == EMU_ZERO;
+		return prior != EMU_ZEROMAP && prior != EMU_DISCARDED && now == EMU_ZERO;
 	case LAZY_DROP:
 		return now == EMU_ZERO;
 	default:
@@ -261,7 +128,9 @@ enum how { DONE, FAILED, UNTOUCHED };
 static int publish(struct batch *b, const struct iovec *run, const uint8_t *prior, enum how how)
 {
 	struct emu_region *r = b->r;
-	const uint64_t gfn = ((uintptr_t)run->iov_base - (uintptr_t)r->base) >> EMU_FRAME_SHIFT;
+	const bool aside = emu_in_side(r, run->iov_base); /* then all of the run is */
+	const uint8_t *base = aside ? atomic_load(&r->side) : r->base;
+	const uint64_t gfn = (uint64_t)((uint8_t *)run->iov_base - base) >> EMU_FRAME_SHIFT;
 	const uint64_t n = run->iov_len >> EMU_FRAME_SHIFT;
 	const bool ask = how == FAILED || (how == DONE && b->verb == LAZY_DROP);
 	uint8_t absent[BATCH];
@@ -269,10 +138,10 @@ static int publish(struct batch *b, const struct iovec *run, const uint8_t *prio
 	int err = 0;
 
 	if (ask)
-		emu_pages_absent(r, gfn, n, absent);
-	if (how == DONE && b->verb == POISON)
+		emu_pages_absent(r, run->iov_base, n, absent);
+	if (how == DONE && (b->verb == POISON || b->verb == ASIDE_EVICT))
 		err = emu_lose(r, gfn, n); /* LOST in any case: the byte is the truth, and guarded accesses obey it */
-	if (how == DONE && b->verb == UNPOISON && (err = find(r, gfn, n)))
+	if (how == DONE && b->verb == UNPOISON && (err = emu_find(r, gfn, n)))
 		how = UNTOUCHED;
 	for (uint64_t i = 0, end; i < n; i = end) {
 		const bool gone = ask && absent[i];
@@ -290,6 +159,8 @@ static int publish(struct batch *b, const struct iovec *run, const uint8_t *prio
 		/* gone in a run that failed, or still lost though the MADV_DONTNEED has dropped its marker */
 		if (to == EMU_LOST && (how != DONE || b->verb == UNPOISON))
 			emu_lose(r, gfn + i, end - i);
+		if (how == DONE && b->verb == DISCARD && prior[i] == EMU_DISCARDED && emu_find(r, gfn + i, end - i))
+			to = EMU_DISCARDED;
 		if (counts(b->verb, prior[i], to))
 			frames += (int64_t)(end - i);
 		if (b->verb == DISCARD && prior[i] == EMU_ZEROMAP && to == EMU_ZERO)
@@ -306,13 +177,14 @@ static int flush(struct batch *b)
 {
 	const uint8_t *prior = b->prior;
 	const int64_t before = b->taken;
+	int64_t taken;
 	size_t done;
 	int err;
 
 	if (!b->runs)
 		return 0;
 	memset(b->moved, 0, sizeof(b->moved));
-	err = advise(b, &done);
+	err = emu_advise(b->r, b->run, b->runs, verbs[b->verb].advice, verbs[b->verb].calls, &done);
 	for (size_t i = 0; i < b->runs; i++) {
 		int failed = publish(b, &b->run[i], prior, i < done ? DONE : i == done ? FAILED : UNTOUCHED);
 
@@ -322,7 +194,14 @@ static int flush(struct batch *b)
 	for (uint8_t from = 0; from < EMU_NR_STATES; from++)
 		for (uint8_t to = 0; to < EMU_NR_STATES; to++)
 			emu_state_moved(b->r, from, to, b->moved[from][to]);
-	emu_stat_add(b->r, verbs[b->verb].frames, b->taken - before);
+	taken = b->taken - before;
+	if (b->verb != ASIDE_DROP && b->verb != ASIDE_EVICT) {
+		const int64_t aside = b->moved[EMU_ASIDE][EMU_ZERO] + b->moved[EMU_ASIDE][EMU_LOST];
+
+		emu_stat_add(b->r, EMU_STAT_aside_dropped, aside);
+		taken -= b->verb == DISCARD ? aside : 0; /* discard_frames are those of the guest's RAM */
+	}
+	emu_stat_add(b->r, verbs[b->verb].frames, taken);
 	b->runs = 0;
 	b->frames = 0;
 	return err;
@@ -336,9 +215,8 @@ static int gather(struct batch *b, uint64_t gfn, uint64_t end)
 	const size_t most_runs = r->vectored ? RUNS : SINGLE;
 
 	while (gfn < end) {
-		uint8_t *at = emu_frame(r, gfn);
+		uint8_t state, *at;
 		bool joins;
-		uint8_t state;
 		uint64_t n;
 		int err;
 
@@ -359,10 +237,16 @@ static int gather(struct batch *b, uint64_t gfn, uint64_t end)
 			emu_state_wait(r, gfn);
 			continue;
 		}
+		if (state == EMU_PRESERVED && (b->verb == DISCARD || b->verb == POISON)) {
+			n = emu_swap_forget(r, gfn, end - gfn);
+			b->taken += b->verb == DISCARD ? (int64_t)n : 0;
+			continue; /* ZERO now, or somebody else's: read the byte again */
+		}
 		if (!(claims & (1u << state))) {
 			gfn++;
 			continue;
 		}
+		at = state == EMU_ASIDE ? emu_side(r, gfn) : emu_frame(r, gfn);
 		joins = b->runs && (uint8_t *)b->run[b->runs - 1].iov_base + b->run[b->runs - 1].iov_len == at;
 		if (b->frames >= most_frames || (b->runs >= most_runs && !joins)) {
 			err = flush(b);
@@ -374,6 +258,20 @@ static int gather(struct batch *b, uint64_t gfn, uint64_t end)
 		n = emu_state_claim(r, gfn, end - gfn < n ? end - gfn : n, state);
 		if (!n)
 			continue;
+		if (b->stamp >= 0) {
+			const uint64_t claimed = n;
+
+			for (n = 0; n < claimed && emu_aside_stamp(r, gfn + n) == b->stamp; n++)
+				;
+			if (n < claimed) {
+				emu_state_publish_run(r, gfn + n, claimed - n, EMU_ASIDE);
+				emu_state_wake(r, gfn + n, claimed - n);
+			}
+			if (!n) {
+				gfn++;
+				continue;
+			}
+		}
 		memset(b->prior + b->frames, state, n);
 		b->frames += n;
 		if (joins)
@@ -385,7 +283,7 @@ static int gather(struct batch *b, uint64_t gfn, uint64_t end)
 	return 0;
 }
 
-static int64_t reclaim(struct emu_region *r, const struct emu_range *ranges, size_t n, enum verb verb)
+static int64_t reclaim(struct emu_region *r, const struct emu_range *ranges, size_t n, enum verb verb, int stamp)
 {
 	struct batch b; /* 33 KiB of stack, and only the head of it is set */
 	int err = emu_ranges_check(r, ranges, n);
@@ -398,6 +296,7 @@ static int64_t reclaim(struct emu_region *r, const struct emu_range *ranges, siz
 		return err;
 	b.r = r;
 	b.verb = verb;
+	b.stamp = stamp;
 	b.taken = 0;
 	b.runs = 0;
 	b.frames = 0;
@@ -417,25 +316,32 @@ static int64_t reclaim(struct emu_region *r, const struct emu_range *ranges, siz
 
 int64_t emu_discard(struct emu_region *r, const struct emu_range *ranges, size_t n)
 {
-	return reclaim(r, ranges, n, DISCARD);
+	return reclaim(r, ranges, n, DISCARD, -1);
 }
 
 int64_t emu_lazy_free(struct emu_region *r, const struct emu_range *ranges, size_t n)
 {
-	return reclaim(r, ranges, n, LAZY_FREE);
+	return reclaim(r, ranges, n, LAZY_FREE, -1);
 }
 
 int64_t emu_lazy_drop(struct emu_region *r, const struct emu_range *ranges, size_t n)
 {
-	return reclaim(r, ranges, n, LAZY_DROP);
+	return reclaim(r, ranges, n, LAZY_DROP, -1);
 }
 
 int64_t emu_poison(struct emu_region *r, const struct emu_range *ranges, size_t n)
 {
-	return reclaim(r, ranges, n, POISON);
+	return reclaim(r, ranges, n, POISON, -1);
 }
 
 int64_t emu_unpoison(struct emu_region *r, const struct emu_range *ranges, size_t n)
 {
-	return reclaim(r, ranges, n, UNPOISON);
+	return reclaim(r, ranges, n, UNPOISON, -1);
+}
+
+int64_t emu_aside_drop(struct emu_region *r, const struct emu_range *ranges, size_t n, int stamp, int evict)
+{
+	if (evict && !emu_can_lose(r))
+		return -EOPNOTSUPP;
+	return reclaim(r, ranges, n, evict ? ASIDE_EVICT : ASIDE_DROP, stamp);
 }

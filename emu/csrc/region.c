@@ -178,6 +178,8 @@ int emu_region_open(void *base, uint64_t frames, const struct emu_region_options
 	struct emu_region *r;
 	int err;
 
+	if (o->wp_async && !o->move)
+		return -EINVAL; /* the other way out would lose writes: aside.c */
 	if (!frames || (uintptr_t)base % EMU_FRAME_SIZE || frames > UINT64_MAX >> (EMU_FRAME_SHIFT + 1))
 		return -EINVAL;
 	if (!o->fault_around || o->fault_around > EMU_BLOCK_FRAMES || (o->fault_around & (o->fault_around - 1)))
@@ -196,8 +198,13 @@ int emu_region_open(void *base, uint64_t frames, const struct emu_region_options
 	r->have_poison = o->poison && !(o->disable & EMU_NO_POISON);
 	r->vectored = !(o->disable & EMU_NO_PROCESS_MADVISE) && emu_advise_vectored_probe();
 	r->fault_around = o->fault_around;
+	r->disable = o->disable;
+	r->have_move = o->move && !(o->disable & EMU_NO_MOVE);
+	r->have_wp = o->wp && !o->wp_async && !(o->disable & EMU_NO_WP);
+	r->have_wp_async = o->wp_async;
 	r->stop_fd = -1;
 	pthread_mutex_init(&r->look_lock, NULL);
+	pthread_mutex_init(&r->setup, NULL);
 
 	ring_at = 0;
 	latencies_at = ring_at + pages(emu_ring_bytes());
@@ -277,8 +284,13 @@ int emu_region_close(struct emu_region *r)
 		emu_futex(&r->calls, FUTEX_WAIT, calls);
 	emu_service_stop(r);
 	registry_remove(r);
+	emu_swapd_stop(r); /* not before: a call that waited at the gate needed it */
 	if (r->uffd >= 0)
 		emu_uffd_unregister(r->uffd, (uintptr_t)r->base, r->frames << EMU_FRAME_SHIFT);
+	emu_swap_free(r);
+	emu_access_free(r);
+	emu_aside_free(r);
+	emu_gate_detach(r);
 	munmap(r->tables, r->tables_len);
 	if (r->pagemap_fd >= 0)
 		close(r->pagemap_fd);
@@ -303,19 +315,50 @@ int emu_region_vectored(struct emu_region *r)
 	return r->vectored;
 }
 
-int64_t emu_region_table_bytes(struct emu_region *r)
+int emu_table_map(struct emu_table *t, size_t len)
+{
+	void *p = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (p == MAP_FAILED)
+		return -errno;
+	madvise(p, len, MADV_NOHUGEPAGE); /* 2 MiB of states would be a 2 GiB guest's */
+	madvise(p, len, MADV_DONTFORK);
+	*t = (struct emu_table){ p, len };
+	return 0;
+}
+
+void emu_table_unmap(struct emu_table *t)
+{
+	if (t->p)
+		munmap(t->p, t->len);
+	*t = (struct emu_table){ 0 };
+}
+
+/* Present pages, less the shared zero page that reading an unpopulated table maps. */
+int64_t emu_table_bytes(const struct emu_table *t)
 {
 	struct emu_residency res;
 	int64_t present;
-	int err = emu_region_enter(r);
 
-	if (err)
-		return err;
-	/* present, less the shared zero page that reading an unpopulated table maps */
-	if (!emu_residency_scan((uintptr_t)r->tables, pages(r->tables_len), &res))
+	if (!t->p)
+		return 0;
+	if (!emu_residency_scan((uintptr_t)t->p, pages(t->len), &res))
 		present = res.present - res.zeropage;
 	else
-		present = emu_residency_mincore((uintptr_t)r->tables, pages(r->tables_len));
+		present = emu_residency_mincore((uintptr_t)t->p, pages(t->len));
+	return present < 0 ? 0 : present << EMU_FRAME_SHIFT;
+}
+
+int64_t emu_region_table_bytes(struct emu_region *r)
+{
+	const struct emu_table table = { r->tables, r->tables_len };
+	int64_t bytes = emu_region_enter(r);
+
+	if (bytes)
+		return bytes;
+	bytes = (int64_t)sizeof(*r) + emu_table_bytes(&table) + emu_swap_table_bytes(r) + emu_access_table_bytes(r);
+	if (r->aside)
+		bytes += (int64_t)sizeof(*r->aside) + emu_table_bytes(&r->aside->table);
 	emu_region_leave(r);
-	return (present < 0 ? 0 : present << EMU_FRAME_SHIFT) + (int64_t)sizeof(*r);
+	return bytes;
 }

@@ -57,6 +57,16 @@ void emu_service_refuse(struct emu_region *r, uint64_t gfn, uint64_t count)
 			emu_state_wait(r, gfn);
 			continue;
 		}
+		if (state == EMU_ASIDE || state == EMU_PRESERVED) {
+			/* Its content exists: a marker makes the access a signal, and the handler tries again, then tells. */
+			if (emu_state_try(r, gfn, state, EMU_BUSY)) {
+				emu_lose(r, gfn, 1);
+				emu_state_publish(r, gfn, state);
+				emu_state_wake(r, gfn, 1);
+				gfn++;
+			}
+			continue;
+		}
 		if (state != EMU_ZERO && state != EMU_LAZY) {
 			gfn++;
 			continue;
@@ -77,6 +87,18 @@ void emu_service_refuse(struct emu_region *r, uint64_t gfn, uint64_t count)
 	}
 }
 
+/* Nobody may touch the side region where nothing is: a SIGBUS for the thread that did, as with the other service. */
+static void stray(struct emu_region *r, uint64_t addr)
+{
+	unsigned eagain = 0;
+	uint64_t done;
+
+	addr &= ~(uint64_t)(EMU_FRAME_SIZE - 1);
+	if (!r->have_poison || emu_uffd_fill(r->uffd, EMU_FILL_POISON, addr, NULL, EMU_FRAME_SIZE, true, &done, &eagain))
+		mprotect((void *)(uintptr_t)addr, EMU_FRAME_SIZE, PROT_NONE);
+	emu_uffd_wake(r->uffd, addr, EMU_FRAME_SIZE);
+}
+
 static void serve_one(struct emu_region *r, uint64_t gfn, bool write)
 {
 	uint8_t state = emu_state_load(r, gfn);
@@ -84,10 +106,10 @@ static void serve_one(struct emu_region *r, uint64_t gfn, bool write)
 	if (state == EMU_RESIDENT || state == EMU_ZEROMAP) {
 		emu_stat_add(r, EMU_STAT_pgfault_spurious, 1);
 		emu_fault_vanished(r, gfn);
-	} else if (state == EMU_LOST) { /* somebody's madvise has dropped its marker */
-		if (emu_state_try(r, gfn, EMU_LOST, EMU_BUSY)) {
+	} else if (state == EMU_LOST || state == EMU_DISCARDED) { /* somebody's madvise has dropped its marker */
+		if (emu_state_try(r, gfn, state, EMU_BUSY)) {
 			emu_lose(r, gfn, 1);
-			emu_state_publish(r, gfn, EMU_LOST);
+			emu_state_publish(r, gfn, state);
 			emu_state_wake(r, gfn, 1);
 		}
 	}
@@ -114,15 +136,20 @@ static void serve(struct emu_region *r, struct fault *faults, size_t n)
 		/* fault_around has its own window: one at a time then */
 		while (r->fault_around == 1 && i + run < kept && faults[i + run].gfn == faults[i].gfn + run &&
 		       faults[i + run].write == faults[i].write &&
-		       emu_state_load(r, faults[i + run].gfn) == EMU_ZERO &&
-		       emu_state_try(r, faults[i + run].gfn, EMU_ZERO, EMU_BUSY))
+		       emu_state_load(r, faults[i + run].gfn) == EMU_ZERO && !emu_gate_charge(r, 1, EMU_GATE_TRY)) {
+			if (!emu_state_try(r, faults[i + run].gfn, EMU_ZERO, EMU_BUSY)) {
+				emu_gate_uncharge(r, 1);
+				break;
+			}
 			run++;
+		}
 		if (!run) {
 			serve_one(r, faults[i].gfn, faults[i].write);
 			i++;
 			continue;
 		}
 		emu_fault_fill(r, faults[i].gfn, run, EMU_ZERO, faults[i].write, NULL, &done);
+		emu_gate_uncharge(r, (int64_t)(run - done));
 		emu_stat_add(r, faults[i].write ? EMU_STAT_pgfault_write : EMU_STAT_pgfault_read, (int64_t)done);
 		if (done && emu_ring_traces_faults(r))
 			emu_ring_push(r, EMU_EV_FAULT, faults[i].gfn, done, faults[i].write);
@@ -151,8 +178,13 @@ static int drain(struct emu_region *r)
 		for (size_t i = 0; i < (size_t)bytes / sizeof(msgs[0]); i++) {
 			const uint64_t base = (uintptr_t)r->base;
 
-			/* no event was asked for, and no other range is registered */
-			if (msgs[i].event != UFFD_EVENT_PAGEFAULT || msgs[i].arg.pagefault.address < base)
+			if (msgs[i].event != UFFD_EVENT_PAGEFAULT)
+				continue; /* no event was asked for */
+			if (emu_in_side(r, (void *)(uintptr_t)msgs[i].arg.pagefault.address)) {
+				stray(r, msgs[i].arg.pagefault.address);
+				continue;
+			}
+			if (msgs[i].arg.pagefault.address < base)
 				continue;
 			faults[n].gfn = (msgs[i].arg.pagefault.address - base) >> EMU_FRAME_SHIFT;
 			faults[n].write = msgs[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WRITE;

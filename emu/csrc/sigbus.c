@@ -333,10 +333,12 @@ static int serve(struct emu_region *r, uint64_t addr, uint64_t gfn, const siginf
 	}
 	emu_thread.same_addr = 0;
 	/*
-	 * With the thread service, only a poisoned frame raises a signal.  If it isn't LOST any more (unpoisoned
-	 * meanwhile), the access comes again and is then the service's.
+	 * With the thread service, only a frame with a poison marker raises a signal: LOST, DISCARDED, or one whose page
+	 * couldn't be brought back when the service tried (tried again here).  If it is none of these any more, the access
+	 * comes again and is then the service's.
 	 */
-	if (r->service == EMU_SERVICE_INLINE || state == EMU_LOST)
+	if (r->service == EMU_SERVICE_INLINE || state == EMU_LOST || state == EMU_DISCARDED || state == EMU_ASIDE ||
+	    state == EMU_PRESERVED)
 		return emu_fault_resolve(r, gfn, is_write(uc));
 	if (state == EMU_BUSY)
 		emu_state_wait(r, gfn);

@@ -124,6 +124,23 @@ struct uffdio_poison {
 	__s64 updated;
 };
 
+#define UFFDIO_WRITEPROTECT_MODE_WP ((__u64)1 << 0)
+#define UFFDIO_WRITEPROTECT_MODE_DONTWAKE ((__u64)1 << 1)
+struct uffdio_writeprotect {
+	struct uffdio_range range;
+	__u64 mode;
+};
+
+#define UFFDIO_MOVE_MODE_DONTWAKE ((__u64)1 << 0)
+#define UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES ((__u64)1 << 1)
+struct uffdio_move {
+	__u64 dst;
+	__u64 src;
+	__u64 len;
+	__u64 mode;
+	__s64 move;
+};
+
 #define UFFDIO 0xAA
 #define UFFDIO_API _IOWR(UFFDIO, 0x3F, struct uffdio_api)
 #define UFFDIO_REGISTER _IOWR(UFFDIO, 0x00, struct uffdio_register)
@@ -131,6 +148,8 @@ struct uffdio_poison {
 #define UFFDIO_WAKE _IOR(UFFDIO, 0x02, struct uffdio_range)
 #define UFFDIO_COPY _IOWR(UFFDIO, 0x03, struct uffdio_copy)
 #define UFFDIO_ZEROPAGE _IOWR(UFFDIO, 0x04, struct uffdio_zeropage)
+#define UFFDIO_MOVE _IOWR(UFFDIO, 0x05, struct uffdio_move)
+#define UFFDIO_WRITEPROTECT _IOWR(UFFDIO, 0x06, struct uffdio_writeprotect)
 #define UFFDIO_POISON _IOWR(UFFDIO, 0x08, struct uffdio_poison)
 #define USERFAULTFD_IOC_NEW _IO(UFFDIO, 0x00) /* on /dev/userfaultfd, 6.1 */
 
@@ -170,6 +189,8 @@ struct pm_scan_arg {
 	__u64 category_anyof_mask;
 	__u64 return_mask;
 };
+#define PM_SCAN_WP_MATCHING (1 << 0)
+#define PM_SCAN_CHECK_WPASYNC (1 << 1)
 #define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
 
 /* ---- madvise(2), process_madvise(2) ------------------------------------------------------------------------ */
@@ -187,6 +208,14 @@ struct pm_scan_arg {
 #define SYS_pidfd_open 434
 #endif
 #define PIDFD_SELF_THREAD_GROUP (-10001) /* "this process" without a descriptor, recent; older kernels get a real one */
+
+/* ---- membarrier(2) ------------------------------------------------------------------------------------------- */
+
+#ifndef SYS_membarrier
+#define SYS_membarrier 324
+#endif
+#define MEMBARRIER_CMD_PRIVATE_EXPEDITED (1 << 3) /* 4.14 */
+#define MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED (1 << 4)
 
 /* ---- openat2(2), statx(2) ----------------------------------------------------------------------------------- */
 

@@ -12,6 +12,11 @@
  *   ENOENT              the range isn't registered here, or the mapping changed: final
  *   ESRCH               the process is going away: final
  *   ENOMEM              no memory, or the memcg's limit: final for this try
+ *
+ * and of a move besides
+ *
+ *   ENOENT              the source has a hole at src + done
+ *   EBUSY               the source page is shared with a forked child, or was until somebody writes it; or pinned
  */
 #include "core.h"
 
@@ -152,6 +157,22 @@ int emu_uffd_poison(int fd, uint64_t start, uint64_t len, uint64_t mode, int64_t
 	return err;
 }
 
+int emu_uffd_move(int fd, uint64_t dst, uint64_t src, uint64_t len, uint64_t mode, int64_t *done)
+{
+	struct uffdio_move move = { .dst = dst, .src = src, .len = len, .mode = mode };
+	int err = emu_uffd_ioctl(fd, UFFDIO_MOVE, &move) ? -errno : 0;
+
+	*done = move.move > 0 ? move.move : 0;
+	return err;
+}
+
+int emu_uffd_writeprotect(int fd, uint64_t start, uint64_t len, uint64_t mode)
+{
+	struct uffdio_writeprotect wp = { .range = { start, len }, .mode = mode };
+
+	return emu_uffd_ioctl(fd, UFFDIO_WRITEPROTECT, &wp) ? -errno : 0;
+}
+
 int emu_uffd_read(int fd, void *msgs, size_t bytes)
 {
 	ssize_t n = read(fd, msgs, bytes);
@@ -160,7 +181,7 @@ int emu_uffd_read(int fd, void *msgs, size_t bytes)
 }
 
 /*
- * Make [dst, dst + len) present, poisoned or zero-mapped.  Returns 0 when all is done, else the error of the page at
+ * Make [dst, dst + len) present, poisoned or zero-mapped, or move src there.  Returns 0 when all is done, else the error of the page at
  * dst + *done; *done bytes before it were done by us.  *eagain counts pauses.  Async-signal-safe.
  */
 int emu_uffd_fill(int fd, enum emu_fill how, uint64_t dst, const void *src, uint64_t len, bool wake, uint64_t *done,
@@ -168,7 +189,7 @@ int emu_uffd_fill(int fd, enum emu_fill how, uint64_t dst, const void *src, uint
 {
 	const uint64_t mode = wake ? 0 : 1; /* DONTWAKE is bit 0 of all three */
 	_Static_assert(UFFDIO_COPY_MODE_DONTWAKE == 1 && UFFDIO_ZEROPAGE_MODE_DONTWAKE == 1 &&
-	               UFFDIO_POISON_MODE_DONTWAKE == 1, "one mode bit for all");
+	               UFFDIO_POISON_MODE_DONTWAKE == 1 && UFFDIO_MOVE_MODE_DONTWAKE == 1, "one mode bit for all");
 	unsigned pauses = 0;
 
 	*done = 0;
@@ -182,6 +203,9 @@ int emu_uffd_fill(int fd, enum emu_fill how, uint64_t dst, const void *src, uint
 			break;
 		case EMU_FILL_ZEROPAGE:
 			err = emu_uffd_zeropage(fd, dst + *done, len - *done, mode, &n);
+			break;
+		case EMU_FILL_MOVE:
+			err = emu_uffd_move(fd, dst + *done, (uint64_t)(uintptr_t)src + *done, len - *done, mode, &n);
 			break;
 		default:
 			err = emu_uffd_poison(fd, dst + *done, len - *done, mode, &n);

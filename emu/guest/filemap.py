@@ -13,10 +13,10 @@ there, and only then looks at the next.
 """
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from emu.errors import GuestError, OutOfMemory
+from emu.errors import DiscardFault, GuestError, OutOfMemory
 from emu.guest.free_area import lazy_bytes
 from emu.guest.inode import Inode
 from emu.guest.lock import as_current, in_kernel
@@ -60,16 +60,21 @@ class FileMapping(Mapping):
     ) -> None:
         """Touch every page, reading or writing."""
         first, end = self._span(offset, length)
-        for lo, hi in self._faulted(first, end, write):
-            op = Op.TOUCH_WRITE if write else Op.TOUCH_READ
-            self._kernel.memory.vcpu(op, self._ranges(lo, hi), threads=threads)
+        op = Op.TOUCH_WRITE if write else Op.TOUCH_READ
+        self._on_spans(
+            first, end, write, lambda lo, hi: self._kernel.memory.vcpu(op, self._ranges(lo, hi), threads=threads)
+        )
 
     @as_current
     def fill(self, *, seed: int, offset: int | str = 0, length: int | str | None = None, threads: int = 1) -> None:
         """Fill every page with content that follows from the seed and the page's place."""
         first, end = self._span(offset, length)
-        for lo, hi in self._faulted(first, end, write=True):
-            self._kernel.memory.vcpu(Op.FILL, self._ranges(lo, hi), seed, threads=threads)
+        self._on_spans(
+            first,
+            end,
+            True,
+            lambda lo, hi: self._kernel.memory.vcpu(Op.FILL, self._ranges(lo, hi), seed, threads=threads),
+        )
 
     @as_current
     def verify(
@@ -77,10 +82,13 @@ class FileMapping(Mapping):
     ) -> list[int]:
         """Return the byte offsets of pages that don't hold what fill() with this seed left there."""
         first, end = self._span(offset, length)
-        bad = []
-        for lo, hi in self._faulted(first, end, write=False):
+        bad: list[int] = []
+
+        def verify(lo: int, hi: int) -> None:
             wrong = set(self._kernel.memory.vcpu(Op.VERIFY, self._ranges(lo, hi), seed, threads=threads))
-            bad += [page * FRAME_SIZE for page in range(lo, hi) if self._frame[page] - 1 in wrong]
+            bad.extend(page * FRAME_SIZE for page in range(lo, hi) if self._frame[page] - 1 in wrong)
+
+        self._on_spans(first, end, False, verify)
         return bad
 
     @as_current
@@ -89,9 +97,12 @@ class FileMapping(Mapping):
         start = self._offset(offset, n)
         result = bytearray(n)
         view = memoryview(result)
-        for lo, hi in self._faulted(start // FRAME_SIZE, -(-(start + n) // FRAME_SIZE), write=False):
+
+        def read(lo: int, hi: int) -> None:
             a, b = max(lo * FRAME_SIZE, start), min(hi * FRAME_SIZE, start + n)
             self._kernel.memory.readv(self._ranges(lo, hi), a - lo * FRAME_SIZE, view[a - start : b - start])
+
+        self._on_spans(start // FRAME_SIZE, -(-(start + n) // FRAME_SIZE), False, read)
         return bytes(result)
 
     @as_current
@@ -100,11 +111,26 @@ class FileMapping(Mapping):
         view = memoryview(data).cast("B")
         start = self._offset(offset, len(view))
         end = start + len(view)
-        for lo, hi in self._faulted(start // FRAME_SIZE, -(-end // FRAME_SIZE), write=True):
+
+        def write(lo: int, hi: int) -> None:
             a, b = max(lo * FRAME_SIZE, start), min(hi * FRAME_SIZE, end)
             self._kernel.memory.writev(self._ranges(lo, hi), a - lo * FRAME_SIZE, view[a - start : b - start])
 
+        self._on_spans(start // FRAME_SIZE, -(-end // FRAME_SIZE), True, write)
+
     # ---- faults
+
+    def _on_spans(self, first: int, end: int, write: bool, work: Callable[[int, int], object]) -> None:
+        # Work on spans of present pages; a span with a page that the host has taken is faulted in again.
+        while first < end:
+            for lo, hi in self._faulted(first, end, write):
+                first = lo
+                try:
+                    work(lo, hi)
+                except DiscardFault as fault:
+                    self._kernel.vfs.discarded(fault)
+                    break
+                first = hi
 
     def _faulted(self, first: int, end: int, write: bool) -> Iterator[tuple[int, int]]:
         # Spans of pages [first, end) that are present, for writing if need be: each is good until the next one is asked
@@ -206,7 +232,11 @@ class FileMapping(Mapping):
                     for k in range(count):
                         copies.add(frames[at + k], 1, gfn + k)
                     at += count
-                kernel.memory.vcpu(Op.COPY, copies)
+                try:
+                    kernel.memory.vcpu(Op.COPY, copies)
+                except DiscardFault as fault:
+                    kernel.vfs.discarded(fault)
+                    continue
                 done += n
         except BaseException as error:
             kernel.free_after_failure([(frame, 1) for frame in frames], error)

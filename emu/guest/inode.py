@@ -20,7 +20,7 @@ import errno
 from array import array
 from typing import TYPE_CHECKING, Protocol
 
-from emu.errors import GuestError, GuestIOError, GuestMemoryError, OutOfMemory
+from emu.errors import DiscardFault, GuestError, GuestIOError, GuestMemoryError, OutOfMemory
 from emu.guest.page import Insert, Lookup, PageFlag, Remove, Space
 from emu.guest.pcp import spans
 from emu.guest.readahead import ReadaheadState, Window, next_window
@@ -141,7 +141,11 @@ class Inode:
                 end = min(end, self.size)  # the disk may have less than it had
                 continue
             part = min(end - at, n * FRAME_SIZE - within)
-            readv(frames, within, into[done : done + part])
+            try:
+                readv(frames, within, into[done : done + part])
+            except DiscardFault as fault:
+                self._kernel.vfs.discarded(fault)
+                continue
             done += part
             ra.prev_pos = offset + done
             if marker:
@@ -156,10 +160,18 @@ class Inode:
         gfn = self.space.frame(index, how)
         if gfn >= 0:
             ra.prev_pos = offset + n
-            return self._kernel.memory.read(gfn << 12 | offset & 0xFFF, n)
+            try:
+                return self._kernel.memory.read(gfn << 12 | offset & 0xFFF, n)
+            except DiscardFault as fault:
+                self._kernel.vfs.discarded(fault)
+                return None
         if gfn == -1:
             return None
-        data = self._kernel.memory.read(~gfn << 12 | offset & 0xFFF, n)
+        try:
+            data = self._kernel.memory.read(~gfn << 12 | offset & 0xFFF, n)
+        except DiscardFault as fault:
+            self._kernel.vfs.discarded(fault)
+            return None
         ra.prev_pos = offset + n
         self.space.flag(index, index + 1, 0, PageFlag.READAHEAD)
         self.read_ahead(index, 1, ra, marked=True)
@@ -309,7 +321,11 @@ class Inode:
                 self._add(index, memoryview(page))
                 return len(data)
         _, frames, _ = space.lookup(index, 1)
-        memory.writev(frames, within, data)
+        try:
+            memory.writev(frames, within, data)
+        except DiscardFault as fault:  # what is around the data was the host's to take: from the disk again
+            self._kernel.vfs.discarded(fault)
+            return self._write_part(index, within, data)
         space.flag(index, index + 1, PageFlag.DIRTY)
         return len(data)
 
@@ -375,7 +391,10 @@ class Inode:
         within = self.size % FRAME_SIZE
         n, frames, _ = self.space.lookup(self.pages - 1, 1) if within else (0, Ranges(), False)
         if n:
-            self._kernel.memory.writev(frames, within, bytes(FRAME_SIZE - within))
+            try:
+                self._kernel.memory.writev(frames, within, bytes(FRAME_SIZE - within))
+            except DiscardFault as fault:
+                self._kernel.vfs.discarded(fault)  # read again, it ends where the file does
 
     def _cut(self, size: int) -> None:
         pages = self._pages(size)
@@ -404,6 +423,13 @@ class Inode:
         frames = self.space.remove(index, index + 1, Remove.EVICT)
         self._free(frames)
         return len(frames)
+
+    def forget_discarded(self, index: int) -> None:
+        """Take a page out whose content the host has taken: out of the page tables, too. It was clean."""
+        self.unmap(index)
+        self._free(self.space.remove(index, index + 1, Remove.TRUNCATE))
+        if not self.space.nr_dirty:  # it was marked by a write that hadn't come to its store
+            self._kernel.writeback.cleaned(self)
 
     def unmap(self, index: int) -> None:
         """Take a page out of all page tables (try_to_unmap)."""

@@ -15,18 +15,20 @@ from emu.errors import BadValue, ClosedError, GuestError
 from emu.guest.aging import Aging
 from emu.guest.balloon import BalloonDevice, BalloonDriver
 from emu.guest.file import File
+from emu.guest.inactive import Inactive
 from emu.guest.lock import in_kernel
 from emu.guest.memory import GuestMemory
 from emu.guest.oom import OomKiller
 from emu.guest.page import Lru, Owner
 from emu.guest.page_alloc import PageAllocator
+from emu.guest.pressure import PressureDriver
 from emu.guest.process import Process
 from emu.guest.ramfs import RamFile
 from emu.guest.reclaim import Reclaim
 from emu.guest.reporting import PageReporting
-from emu.guest.timers import Timers
 from emu.guest.vfs import Vfs
 from emu.guest.writeback import Writeback
+from emu.timers import Timers
 from emu.units import FRAME_SIZE, format_size
 from emu.virtio.disk import DirEntry, Disk
 
@@ -63,6 +65,7 @@ _VMSTAT = (
     "balloon_out_of_puff",
     "disk_file_shrunk",
     "disk_file_changed",
+    "pgdiscard_fault",
     "thp_fault_alloc",
     "thp_fault_fallback",
     "thp_split_pmd",
@@ -110,6 +113,8 @@ class GuestKernel(PageAllocator):
         self.reporting: PageReporting | None = None
         self.balloon: BalloonDriver | None = None
         self.aging: Aging | None = None
+        self.inactive: Inactive | None = None
+        self.pressure: PressureDriver | None = None
         #: by name: called with a process that is about to end
         self.exit_hooks: dict[str, Callable[[Process], None]] = {}
         self.processes: list[Process] = []
@@ -245,7 +250,7 @@ class GuestKernel(PageAllocator):
             self.balloon.remove()
             self.balloon = None
 
-    def end_worker(self, worker: PageReporting | Aging) -> None:
+    def end_worker(self, worker: PageReporting | Aging | Inactive | PressureDriver) -> None:
         """Stop a worker, and keep its counters."""
         worker.stop()
         for name, value in worker.counters.items():

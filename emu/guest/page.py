@@ -64,6 +64,7 @@ class PageFlag(enum.IntFlag):
     WORKINGSET = lib.EMU_PG_WORKINGSET
     RECLAIM = lib.EMU_PG_RECLAIM
     YOUNG = lib.EMU_PG_YOUNG
+    HANDED = lib.EMU_PG_HANDED
 
 
 class Lookup(enum.IntFlag):
@@ -218,12 +219,19 @@ class MemMap:
             work.nr_deactivated,
         )
 
-    def age(self, sink_after: int, free_after: int) -> tuple["array[int]", int, int]:
-        """Let file pages sink, or go, that weren't accessed for so many generations; (frames freed, scanned, sunk)."""
+    def age(
+        self, sink_after: int, free_after: int, *, most: int = 0, hand_over: bool = False
+    ) -> tuple["array[int]", int, int]:
+        """Let file pages sink, or go, that weren't accessed for so many generations; (frames freed, scanned, sunk).
+
+        most: how many may go; 0: no bound. hand_over: they stay in the cache, and are only told, each once until it is
+        accessed again.
+        """
         room = self.nr(Lru.INACTIVE_FILE) + self.nr(Lru.ACTIVE_FILE)
         freed = array("I", bytes(4 * max(room, 1)))
         work = self._aging
         work.sink_after, work.free_after = sink_after, free_after
+        work.most, work.hand_over = most, hand_over
         with ffi.from_buffer("uint32_t[]", freed) as a:
             work.freed = a
             _check(lib.emu_lru_age(self.native, work), "aging")

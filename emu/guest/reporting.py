@@ -24,8 +24,8 @@ from collections.abc import Callable, Sequence
 
 from emu.errors import BadValue
 from emu.guest.buddy import MAX_ORDER, PAGEBLOCK_ORDER, MigrateType
-from emu.guest.timers import Timers
 from emu.guest.zone import Zone
+from emu.timers import Timers
 
 __all__ = ["CAPACITY", "DEFAULT_DELAY", "PageReporting", "ReportingState"]
 
@@ -196,6 +196,19 @@ class PageReporting:
             "report_pages": self.report_pages,
             "report_errors": self.report_errors,
         }
+
+    def report_now(self) -> None:
+        """Make passes until nothing is left to report, without the delay: somebody waits for the memory."""
+        self._timers.cancel(self)
+        before = -1
+        while self.unreported_frames != before:
+            before = self.unreported_frames
+            self._process()
+            self._timers.cancel(self)
+        self.state = ReportingState.IDLE
+        self.next_pass = None
+        if self.unreported_frames:  # what a watermark keeps back: as if just asked for
+            self._request()
 
     def stop(self) -> None:
         """End the worker (page_reporting_unregister): no more requests, and a queued pass isn't run."""

@@ -17,7 +17,7 @@ import resource
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from emu.errors import BadValue, GuestError, GuestIOError
+from emu.errors import BadValue, DiscardFault, GuestError, GuestIOError
 from emu.guest.file import File
 from emu.guest.inode import Inode
 from emu.units import format_size
@@ -233,6 +233,18 @@ class Vfs:
             raise inode.error(errno.EFBIG, f"a file of {format_size(size)} can't be cached")
 
     # ---- memory
+
+    def discarded(self, fault: DiscardFault) -> None:
+        """The host has taken a page that was handed over: it leaves the cache, and its next reader reads it again.
+
+        Raises the fault again if the frame isn't a page of the cache: then it wasn't the host's to take.
+        """
+        info = self._kernel.memmap.look(fault.gfn)
+        if not info.space:
+            raise fault
+        inode = self.inode_of(info.space)
+        inode.forget_discarded(info.index)
+        self._kernel.vmstat["pgdiscard_fault"] += 1
 
     def inode_of(self, space: int) -> Inode:
         """Return the inode that a space belongs to."""

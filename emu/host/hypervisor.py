@@ -1,24 +1,55 @@
-"""The hypervisor of one guest: its RAM, what is done with returned memory, and the devices."""
+"""The hypervisor of one guest.
 
+Its RAM, what is done with returned memory, what is taken without asking, and the devices.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from emu.errors import BadValue
+from emu.gate import Gate
+from emu.host.aside import Aside
 from emu.host.balloon import Balloon
 from emu.host.discard import Discard
 from emu.host.disk import DirectoryDisk, ImageDisk, open_disk
+from emu.host.inactive import InactiveDevice
+from emu.host.workingset import WorkingSet
 from emu.ram import GuestRam
-from emu.units import FRAME_SIZE
+from emu.timers import Timers
+from emu.units import FRAME_SIZE, parse_size
+
+if TYPE_CHECKING:
+    from emu.host.squeeze import Squeeze
 
 __all__ = ["Hypervisor"]
 
 
 class Hypervisor:
-    """Owns a GuestRam and what takes memory back from it."""
+    """Owns a GuestRam and what takes memory back from it. now: guest time in seconds; the host's timers go by it."""
 
-    def __init__(self, ram: GuestRam, *, on_return: str = "now") -> None:
+    def __init__(self, ram: GuestRam, *, now: Callable[[], float], on_return: str = "now") -> None:
         self.ram = ram
-        self.discard = Discard(ram, on_return)
+        self.now = now
+        self.timers = Timers()
+        self.aside = Aside(ram, self.timers, now)
+        self.discard = Discard(ram, self.aside, on_return)
         self.balloon = Balloon(ram.frames, self.discard)
+        self.inactive = InactiveDevice(ram.frames, self.aside)
+        self.working_set: WorkingSet | None = None
+        #: what a mechanism holds the footprint to, and by
+        self.gate: Gate | None = None
+        self.squeeze: Squeeze | None = None
         self._disks: list[DirectoryDisk | ImageDisk] = []
+
+    def close(self) -> None:
+        """Let go of what outlives the RAM. After it is closed."""
+        if self.gate is not None:
+            self.gate.close()
+
+    def run_timers(self) -> None:
+        """Run what is due: the host's own work goes on while its guest is paused."""
+        self.timers.run_due(self.now())
 
     @property
     def disks(self) -> list[DirectoryDisk | ImageDisk]:
@@ -30,11 +61,38 @@ class Hypervisor:
         self._disks.append(open_disk(path, read_only=read_only))
         return self._disks[-1]
 
-    def pressure(self) -> int:
-        """Put lazily freed memory under pressure; return the bytes that the kernel dropped."""
-        return self.discard.pressure() * FRAME_SIZE
+    def pressure(self, size: int | str | None = None) -> int:
+        """Memory is wanted: what came back, or is aside, goes, oldest first; return the bytes that went.
+
+        size: bytes or text; None: all that there is.
+        """
+        frames = None if size is None else -(-parse_size(size, "pressure") // FRAME_SIZE)
+        return self.discard.pressure(frames) * FRAME_SIZE
+
+    def swap_out(self, size: int | str) -> int:
+        """Take memory from the guest without asking, what is idle longest first; return the bytes really taken.
+
+        A store must be open (GuestRam.open_store, or a mechanism that has one). Without tracked accesses all frames
+        count as alike, and are taken in turn.
+        """
+        wanted = parse_size(size, "swap_out") // FRAME_SIZE
+        if wanted < 1:
+            raise BadValue(f"swap_out {size!r} must be at least a frame, {FRAME_SIZE} bytes")
+        taken = 0
+        while taken < wanted:
+            victims = self.ram.victims(min(wanted - taken, 16384))
+            went = self.ram.swap_out(victims) if len(victims) else 0
+            if not went:
+                break
+            taken += went
+        return taken * FRAME_SIZE
+
+    def watch_working_set(self, **settings: float) -> WorkingSet:
+        """Start estimating the guest's working set (emu.host.workingset)."""
+        self.working_set = WorkingSet(self.ram, self.timers, self.now, **settings)
+        return self.working_set
 
     @property
     def footprint_bytes(self) -> int:
-        """Bytes that the host really holds for this guest: its RSS and the host's tables for it."""
-        return self.ram.rss_bytes + self.ram.table_bytes
+        """Bytes that the host really holds for this guest: RSS, frames aside, the store's pool, the host's tables."""
+        return self.ram.footprint_bytes

@@ -13,8 +13,12 @@ from emu.host.hypervisor import Hypervisor
 from emu.mechanisms.aging import AgingMechanism
 from emu.mechanisms.balloon import BalloonMechanism
 from emu.mechanisms.dropcaches import DropCaches
+from emu.mechanisms.epoch import EpochMechanism
+from emu.mechanisms.inactive import InactiveMechanism
 from emu.mechanisms.none import NoMechanism
+from emu.mechanisms.purge import PurgeMechanism
 from emu.mechanisms.reporting import Reporting
+from emu.mechanisms.swap import SwapMechanism
 from emu.observe.chain import Arrow
 from emu.observe.pagemap import Stage
 
@@ -49,7 +53,18 @@ class Mechanism(Protocol):
 
 
 MECHANISMS: dict[str, type[Mechanism]] = {
-    cls.name: cls for cls in (NoMechanism, Reporting, DropCaches, AgingMechanism, BalloonMechanism)
+    cls.name: cls
+    for cls in (
+        NoMechanism,
+        Reporting,
+        DropCaches,
+        AgingMechanism,
+        BalloonMechanism,
+        InactiveMechanism,
+        EpochMechanism,
+        PurgeMechanism,
+        SwapMechanism,
+    )
 }
 ALIASES = {"fpr": "reporting", "free-page-reporting": "reporting"}
 

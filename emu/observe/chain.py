@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from emu.observe.pagemap import Stage
 
-__all__ = ["GUEST_ARROWS", "GUEST_CHAIN", "Arrow", "Flow", "flows"]
+__all__ = ["ASIDE_ARROWS", "GUEST_ARROWS", "GUEST_CHAIN", "SWAP_ARROWS", "Arrow", "Flow", "flows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,19 @@ GUEST_ARROWS = (
     _moved(Stage.DIRTY, Stage.FREE, "dirty_free"),
     Arrow(Stage.HOST_OWNED, Stage.FREE, ("copy_frames", "install_frames")),
     Arrow(Stage.FREE, Stage.HOST_OWNED, ("discard_frames", "lazydrop_frames"), ("balloon_inflate_taken",)),
+)
+
+#: of frames that are set aside, by the inactive queue or by the policy on return
+ASIDE_ARROWS = (
+    Arrow(Stage.INACTIVE, Stage.ASIDE, ("inactive_aside",)),
+    Arrow(Stage.FREE, Stage.ASIDE, ("aside_frames",), ("inactive_aside",)),
+    Arrow(Stage.ASIDE, Stage.INACTIVE, ("aside_return", "aside_restored")),
+    Arrow(Stage.ASIDE, Stage.DISCARDED, ("aside_evicted",)),
+    Arrow(Stage.ASIDE, Stage.HOST_OWNED, ("aside_dropped",), ("aside_evicted",)),
+)
+SWAP_ARROWS = (
+    Arrow(Stage.ANONYMOUS, Stage.SWAPPED, ("swap_out_frames",)),
+    Arrow(Stage.SWAPPED, Stage.ANONYMOUS, ("swap_in_frames",)),
 )
 
 

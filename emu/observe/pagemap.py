@@ -34,6 +34,9 @@ class Stage(enum.IntEnum):
     INFLATED = 12  # in the balloon, and still resident: the host can't take part of a huge page
     BALLOONED = 13  # in the balloon, and gone
     LOST = 14
+    ASIDE = 15  # taken out of the guest and kept: not in its RSS, but in the footprint
+    SWAPPED = 16  # its content is in the store
+    DISCARDED = 17  # in the guest's cache, and taken by the host: the next access is a discard fault
 
 
 #: as people call them
@@ -53,10 +56,20 @@ LABELS = {
     Stage.INFLATED: "inflated",
     Stage.BALLOONED: "ballooned",
     Stage.LOST: "lost",
+    Stage.ASIDE: "aside",
+    Stage.SWAPPED: "swapped",
+    Stage.DISCARDED: "discarded",
 }
 
 #: stages whose frames are resident
-RESIDENT = frozenset(Stage) - {Stage.HOST_OWNED, Stage.BALLOONED, Stage.LOST}
+RESIDENT = frozenset(Stage) - {
+    Stage.HOST_OWNED,
+    Stage.BALLOONED,
+    Stage.LOST,
+    Stage.ASIDE,
+    Stage.SWAPPED,
+    Stage.DISCARDED,
+}
 
 _USED = {
     Owner.ANON: Stage.ANONYMOUS,
@@ -78,7 +91,13 @@ _FREE = {
 def _stage(owner: Owner, state: FrameState) -> Stage:
     if state is FrameState.LOST:
         return Stage.LOST
-    if state in (FrameState.ZERO, FrameState.ZEROMAP):
+    if state is FrameState.ASIDE:
+        return Stage.ASIDE
+    if state is FrameState.PRESERVED:
+        return Stage.SWAPPED
+    if state is FrameState.DISCARDED and owner in _USED:
+        return Stage.DISCARDED
+    if state in (FrameState.ZERO, FrameState.ZEROMAP, FrameState.DISCARDED):
         return Stage.BALLOONED if owner is Owner.BALLOON else Stage.HOST_OWNED
     if owner in _USED:  # LAZY, too: it was written since, which takes the lazy free back
         return _USED[owner]

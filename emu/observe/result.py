@@ -30,6 +30,11 @@ class Phase:
     lazyfree_bytes: int
     footprint_bytes: int
     guest_ballooned_bytes: int
+    #: outside the guest's RSS: frames aside (by the kernel), content in the store, and the pool's memory (by the
+    #: kernel)
+    aside_bytes: int
+    swapped_bytes: int
+    pool_bytes: int
     #: since the machine started
     disk_read_bytes: int
     disk_written_bytes: int
@@ -52,6 +57,9 @@ class Phase:
             lazyfree_bytes=s.lazyfree_bytes,
             footprint_bytes=s.footprint_bytes,
             guest_ballooned_bytes=s.guest_ballooned_bytes,
+            aside_bytes=s.side_bytes,
+            swapped_bytes=s.states["preserved"],
+            pool_bytes=s.pool_bytes,
             disk_read_bytes=s.counters["disk_read_bytes"],
             disk_written_bytes=s.counters["disk_written_bytes"],
             refaults=s.counters["guest_workingset_refault_file"],
@@ -96,6 +104,8 @@ class RunResult:
     faults: list[FaultView] = field(default_factory=list)
     footprint_byte_seconds: float = 0.0
     used_byte_seconds: float = 0.0
+    #: estimates of the guest's working set, one a period, beside the truth: bytes, at guest time t
+    working_set: list[dict[str, Any]] = field(default_factory=list)
     books_difference: int = 0
     verified_frames: int = 0
     corrupt_frames: int = 0
@@ -127,6 +137,7 @@ class RunResult:
             "notes": self.notes,
             "measures": {name: asdict(measure) for name, measure in self.measures.items()},
             "fault_latency": [asdict(view) for view in self.faults],
+            "working_set": self.working_set,
             "footprint_byte_seconds": self.footprint_byte_seconds,
             "bloat": self.bloat,
             "books_difference_bytes": self.books_difference,

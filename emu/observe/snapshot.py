@@ -80,6 +80,11 @@ class Snapshot:
     panel: tuple[tuple[str, str], ...]
     write_faults: FaultView
     read_faults: FaultView
+    #: accesses that brought a frame back from aside, and from the store
+    returns: tuple[FaultView, FaultView]
+    #: by the kernel: frames aside and copies not yet swept up; the store's pool in memory
+    side_bytes: int
+    pool_bytes: int
     counters: dict[str, int]
     page_map: PageMap | None
 
@@ -121,6 +126,7 @@ def take_snapshot(
     else:
         look = ram.look()
         rss, lazyfree, rss_exact = look.rss, look.lazyfree, look.exact
+    side, pool = ram.side_bytes, ram.store.pool_resident
     states = {state.name.lower(): counters[f"nr_{state.name.lower()}"] * FRAME_SIZE for state in FrameState}
     reporting = guest.reporting
     page_map = take_page_map(guest, ram, max(cells, 1))
@@ -140,7 +146,9 @@ def take_snapshot(
         rss_bytes=rss,
         rss_exact=rss_exact,
         lazyfree_bytes=lazyfree,
-        footprint_bytes=rss + ram.table_bytes,
+        footprint_bytes=rss + side + pool + ram.table_bytes,
+        side_bytes=side,
+        pool_bytes=pool,
         books_bytes=states["resident"] + states["lazy"],
         states=states,
         stages={stage: n * FRAME_SIZE for stage, n in zip(Stage, page_map.totals, strict=True)},
@@ -159,6 +167,10 @@ def take_snapshot(
         panel=tuple(panel),
         write_faults=FaultView.of("write", service, placement, ram.latency(write=True)),
         read_faults=FaultView.of("read", service, placement, ram.latency(write=False)),
+        returns=(
+            FaultView.of("aside return", service, placement, ram.return_latency()),
+            FaultView.of("swap-in", service, placement, ram.return_latency(stored=True)),
+        ),
         counters=counters,
         page_map=page_map if cells else None,
     )

@@ -38,10 +38,12 @@ def read_vmstat(guest: GuestKernel, host: Hypervisor) -> dict[str, int]:
         counters[f"guest_workingset_{name}_file"] = int(getattr(stats, f"workingset_{name}"))
     # workers that were there before have left theirs with the guest
     counters |= guest.ended
-    workers = [worker for worker in (guest.reporting, guest.aging) if worker is not None]
+    workers = [w for w in (guest.reporting, guest.aging, guest.inactive, guest.pressure) if w is not None]
     for worker in workers:
         counters |= {name: value + guest.ended.get(name, 0) for name, value in worker.counters.items()}
     counters |= host.balloon.counters
+    counters |= host.inactive.counters
+    counters["aside_evicted"] = host.aside.evicted
     counters["return_offered"] = host.discard.offered
     counters["return_taken"] = host.discard.taken
     counters |= dict.fromkeys(_DISK, 0)

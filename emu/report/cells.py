@@ -35,6 +35,9 @@ LEGEND: dict[Stage, tuple[str, str, str]] = {
     Stage.INFLATED: ("O", "bright_yellow", "in the balloon, resident"),
     Stage.BALLOONED: ("o", "dim yellow", "in the balloon"),
     Stage.LOST: ("X", "bold red", "lost"),
+    Stage.ASIDE: ("a", "bright_white", "set aside"),
+    Stage.SWAPPED: ("s", "white", "swapped"),
+    Stage.DISCARDED: ("d", "dim cyan", "discarded"),
     Stage.HOST_OWNED: (".", "dim", "not resident"),
 }
 # cells that are mostly so get their own mark where it is mixed, since they have no small letter

@@ -37,8 +37,8 @@ def _foot(result: RunResult) -> list[str]:
         f"1 run, {result.seconds:.1f} s",
         f"Linux {env['kernel']}, {env['cpus']} cores; userfaultfd {machine['uffd']}; {faults}, "
         f"fault_around {machine['fault_around']}",
-        "used: what dropping caches doesn't give back. RSS, LazyFree: kernel (smaps). footprint = RSS + the host's "
-        "tables; bloat = footprint / used. "
+        "used: what dropping caches doesn't give back. RSS, LazyFree: kernel (smaps). footprint = RSS + aside + pool + "
+        "the host's tables; bloat = footprint / used. "
         f"RSS minus our books: {result.books_difference}",
         f"{result.verified_frames:,} frames checked, {result.corrupt_frames} wrong; "
         f"{result.counters['pgfault']:,} faults, {result.counters['discard_frames']:,} frames discarded",
@@ -60,17 +60,48 @@ def _foot(result: RunResult) -> list[str]:
             f"{result.counters['lazyfree_frames']:,} frames lazily freed, "
             f"{result.counters['lazydrop_frames']:,} of them dropped"
         )
+    if result.counters["aside_frames"] > result.counters["swap_out_frames"]:
+        lines.append(
+            f"{result.counters['aside_frames']:,} frames set aside; {result.counters['aside_return']:,} came back by a "
+            f"touch, {result.counters['aside_restored']:,} without, {result.counters['aside_dropped']:,} dropped; "
+            f"{result.counters['guest_pgdiscard_fault']:,} read again by the guest"
+        )
+    if result.counters["swap_out_frames"]:
+        lines.append(
+            f"swap: {result.counters['swap_out_frames']:,} frames out, {result.counters['swap_in_frames']:,} in "
+            f"({result.counters['swap_readahead']:,} ahead), {result.counters['swap_same']:,} of one word, "
+            f"{result.counters['swap_raw']:,} uncompressed, {result.counters['swap_failed']:,} not stored; "
+            f"{result.counters['gate_throttled']:,} faults waited for memory; store: {machine['store']}"
+        )
     for view in result.faults:
         lines.append(
             f"{view.kind} faults: p50 {view.p50_ns / 1e3:.1f}, p99 {view.p99_ns / 1e3:.1f}, "
             f"max {view.max_ns / 1e3:.1f} us ({view.samples:,} timed: of each thread the first and every eighth; "
             f"served {_served(view.service, view.placement)})"
         )
+    lines += _working_set(result)
     for measure in result.measures.values():
         lines.append(f"{measure.value:,.{0 if measure.value >= 100 else 2}f} {measure.unit}: {measure.what}")
     lines += result.notes
     lines.append(f"again: {result.command}")
     return lines
+
+
+def _working_set(result: RunResult) -> list[str]:
+    seen = result.working_set
+    if not seen:
+        return []
+    last = seen[-1]
+    written = "" if last["written"] is None else f", written {mib_text(last['written'])}"
+
+    def error(name: str) -> str:
+        return f"{sum(abs(e[name] - e['truth']) for e in seen) / len(seen) / result.ram_bytes:.1%}"
+
+    return [
+        f"working set in the last of {len(seen)} periods: truth {mib_text(last['truth'])} MiB; by random frames set "
+        f"aside {mib_text(last['sampled'])}, by idle age {mib_text(last['idle_age'])}{written}; mean error, of the "
+        f"RAM: {error('sampled')}, {error('idle_age')}"
+    ]
 
 
 # column: heading, unit, text of a phase, given the one before. Those at the end of _EXPENDABLE go first on a narrow
@@ -84,11 +115,14 @@ _COLUMNS: dict[str, tuple[str, Callable[[Phase, Phase | None], str]]] = {
     "free": ("MiB", lambda p, before: mib_text(p.guest_free_bytes)),
     "RSS": ("MiB", lambda p, before: mib_text(p.rss_bytes)),
     "LazyFree": ("MiB", lambda p, before: mib_text(p.lazyfree_bytes)),
+    "aside": ("MiB", lambda p, before: mib_text(p.aside_bytes)),
+    "swapped": ("MiB", lambda p, before: mib_text(p.swapped_bytes)),
+    "pool": ("MiB", lambda p, before: mib_text(p.pool_bytes)),
     "footprint": ("MiB", lambda p, before: mib_text(p.footprint_bytes)),
     "bloat": ("x", lambda p, before: "-" if p.bloat is None else f"{p.bloat:.2f}"),
     "read": ("MiB", lambda p, before: mib_text(p.disk_read_bytes - (before.disk_read_bytes if before else 0))),
 }
-_EXPENDABLE = ("LazyFree", "free", "per-CPU", "balloon", "footprint", "bloat", "t", "read")
+_EXPENDABLE = ("pool", "LazyFree", "free", "per-CPU", "balloon", "footprint", "bloat", "t", "read")
 
 
 def _unused(phases: list[Phase]) -> set[str]:
@@ -98,6 +132,10 @@ def _unused(phases: list[Phase]) -> set[str]:
         unused.add("LazyFree")
     if not any(p.guest_ballooned_bytes for p in phases):
         unused.add("balloon")
+    if not any(p.aside_bytes for p in phases):
+        unused.add("aside")
+    if not any(p.swapped_bytes for p in phases):
+        unused |= {"swapped", "pool"}
     if not any(p.guest_cached_bytes or p.disk_read_bytes for p in phases):
         unused |= {"cached", "read"}
         if "balloon" in unused:

@@ -6,8 +6,9 @@ clock says it took (none, on a stepped clock). Between two samples the integrals
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
-from emu.errors import GuestError, OutOfMemory
+from emu.errors import GuestError, GuestMemoryError, OutOfMemory
 from emu.guest.reporting import CAPACITY
 from emu.machine import Machine
 from emu.mechanisms import settings_of
@@ -39,6 +40,12 @@ def _notes(machine: Machine) -> list[str]:
     notes = []
     if machine.host.balloon.counters["balloon_report_inhibited"]:
         notes.append("the host acknowledged the reports and discarded nothing: page poison or an assigned device")
+    if machine.ram.stats()["gate_failed"]:
+        raw, pages = machine.ram.store.raw, machine.ram.store.pages
+        notes.append(
+            f"an access waited for memory in vain: of {pages:,} pages in the store {raw:,} don't compress"
+            + ("; give swap a file for them" if raw > pages // 2 else "")
+        )
     reporting = machine.guest.reporting
     for zone in machine.guest.zones if reporting is not None else ():
         if zone.name != "DMA" and reporting is not None and reporting.gated(zone):
@@ -87,8 +94,8 @@ def run(
 
     def steps() -> Iterator[Step]:
         yield from workload.steps(machine)
-        if machine.host.discard.policy == "lazy":
-            # what was lazily freed shows only when somebody wants memory
+        if machine.host.discard.keeps:
+            # what was kept goes only when somebody wants memory
             machine.host.pressure()
             yield Step("under pressure")
 
@@ -110,13 +117,15 @@ def run(
         take(stopped.snapshot)
         result.phases.append(Phase.of("stopped", last))
         result.notes.append("stopped before its end")
-    except GuestError as error:  # the guest failed, not the run: its rows so far are worth having
+    except (GuestError, GuestMemoryError) as error:  # the guest failed, not the run: its rows so far are worth having
         sample(exact=True)
         result.phases.append(Phase.of("failed", last))
         result.error = str(error) + ("; give the guest more: --ram" if isinstance(error, OutOfMemory) else "")
     result.counters = last.counters
-    result.faults = [view for view in (last.write_faults, last.read_faults) if view.samples]
+    result.faults = [view for view in (last.write_faults, last.read_faults, *last.returns) if view.samples]
     result.measures = workload.measures()
+    if machine.host.working_set is not None:
+        result.working_set = [asdict(estimate) for estimate in machine.host.working_set.estimates]
     result.machine["disks"] = machine.describe()["disks"]
     result.notes += workload.notes()
     result.notes += _notes(machine)

@@ -9,11 +9,13 @@ from emu.errors import BadValue, GuestError, OomKilled
 from emu.guest.balloon import BalloonDriver
 from emu.guest.kernel import GuestKernel
 from emu.guest.page import Owner
+from emu.host.aside import Aside
 from emu.host.autoballoon import AutoBalloon
 from emu.host.balloon import Balloon
 from emu.host.discard import Discard
 from emu.ram import GuestRam
 from emu.testing import BytesMemory
+from emu.timers import Timers
 from emu.virtio.balloon import Config, Entry, Feature, Queue, StatTag, decode_stats, encode_stats, queue_indices
 
 
@@ -117,7 +119,7 @@ class Watched(Balloon):
     """A device that writes down what comes through its queues."""
 
     def __init__(self, ram, log):
-        super().__init__(ram.frames, Discard(ram))
+        super().__init__(ram.frames, Discard(ram, Aside(ram, Timers(), lambda: 0.0)))
         self.log = log
 
     def inflate(self, pfns):

@@ -1,4 +1,4 @@
-"""emu.clock and emu.guest.timers."""
+"""emu.clock and emu.timers."""
 
 import time
 
@@ -6,7 +6,7 @@ import pytest
 
 from emu.clock import ScaledClock, StepClock, make_clock
 from emu.errors import BadValue
-from emu.guest.timers import Timers
+from emu.timers import Timers
 
 
 def test_a_step_clock_moves_only_when_waited_for_and_never_back():

@@ -5,8 +5,8 @@ import pytest
 from emu.errors import BadValue
 from emu.guest.buddy import MAX_ORDER, Buddy, MigrateType
 from emu.guest.reporting import CAPACITY, PageReporting, ReportingState
-from emu.guest.timers import Timers
 from emu.guest.zone import Watermarks, Zone
+from emu.timers import Timers
 
 
 class Rig:

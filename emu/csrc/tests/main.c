@@ -8,10 +8,11 @@
 int main(int argc, char **argv)
 {
 	const struct test *const all[] = { state_tests, uffd_fill_tests, fault_tests, reclaim_tests,
-		                           rss_tests, ring_tests, pagecache_tests, storm_tests };
+		                           rss_tests, ring_tests, pagecache_tests, aside_tests, swap_tests, gate_tests,
+		                           access_tests, storm_tests, host_storm_tests };
 	int passed = 0, skipped = 0;
 
-	alarm(300); /* a hang is a failure */
+	alarm(600); /* a hang is a failure */
 	for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++) {
 		for (const struct test *t = all[i]; t->name; t++) {
 			if (argc > 1 && !strstr(t->name, argv[1]))

@@ -3,11 +3,13 @@
 
 #include <string.h>
 
-/* The legal transitions, written down a second time: Z zero, M zeromap, R resident, L lazy, B busy, X lost. */
+/* The legal transitions, written down a second time: Z zero, M zeromap, R resident, L lazy, B busy, X lost, A aside,
+ * P preserved, D discarded. */
 static int transitions_are_the_table(void)
 {
-	static const char *const legal[] = { "ZB", "MB", "MR", "RB", "LB", "BZ", "BM", "BR", "BL", "BX", "XB", NULL };
-	static const char names[] = "ZMRLBX";
+	static const char *const legal[] = { "ZB", "MB", "MR", "RB", "LB", "BZ", "BM", "BR", "BL", "BX", "XB",
+		                             "BA", "AB", "BP", "PB", "BD", "DB", NULL };
+	static const char names[] = "ZMRLBXAPD";
 
 	for (int from = 0; from < EMU_NR_STATES; from++)
 		for (int to = 0; to < EMU_NR_STATES; to++) {

@@ -1,4 +1,4 @@
-"""The guest's timers: delayed work, run in guest time, earliest first (as schedule_delayed_work would)."""
+"""Timers: delayed work of guest or host, run in guest time, earliest first (as schedule_delayed_work would)."""
 
 import heapq
 import itertools

@@ -1,0 +1,260 @@
+"""A guest's process: its machine and workload in the main thread, and the host's hand in two others.
+
+    python -m emu.fleet.guest        reads what it is to be from descriptor 0, as one line of JSON
+
+The link thread talks to the host: a status every 0.1 s, requests in, answers out. It never takes the guest kernel's
+lock, so a guest that is busy, or hangs, is still heard of. Requests are done by the hand: epochs and purges in the
+guest's kernel, for whose lock they wait; taking memory without asking needs none.
+
+The process dies with its host (PR_SET_PDEATHSIG; the parent is compared afterwards, since it may have died before), and
+its memory with it.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import queue
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any, Literal
+
+from emu.errors import EmuError
+from emu.fleet.wire import Answer, Ask, Bad, Done, Frames, Go, Hello, Message, Row, Status, Stop, encode
+from emu.gate import Gate
+from emu.machine import Machine
+from emu.mechanisms import Mechanism, make_mechanism
+from emu.mechanisms.swap import SwapMechanism
+from emu.observe.snapshot import Snapshot
+from emu.units import FRAME_SIZE
+from emu.workloads.registry import make_workload
+from emu.workloads.runner import Stopped, run
+
+__all__ = ["main"]
+
+_STATUS = 0.1  # seconds
+_PR_SET_PDEATHSIG = 1
+
+
+class Link:
+    """The socket to the host, shared by the threads that send."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._lock = threading.Lock()
+        self._number = 0
+        self.frames = Frames()
+
+    def send(self, message: Message) -> None:
+        """Send one message. A host that is gone ends the process: there is nobody to be a guest of."""
+        with self._lock:
+            self._number += 1
+            try:
+                self._sock.sendall(encode(message, self._number))
+            except OSError:
+                os._exit(3)
+
+    def receive(self, timeout: float) -> list[Message]:
+        """Return what has come within a time."""
+        readable, _, _ = select.select([self._sock], [], [], timeout)
+        if readable:
+            data = self._sock.recv(1 << 16)
+            if not data:
+                os._exit(3)
+            self.frames.feed(data)
+        messages = []
+        while (message := self.frames.take()) is not None:
+            messages.append(message)
+        return messages
+
+
+class GuestProcess:
+    """One guest of a fleet."""
+
+    def __init__(self, link: Link, machine: Machine, settings: dict[str, Any]) -> None:
+        self.link = link
+        self.machine = machine
+        self.settings = settings
+        self.go = threading.Event()
+        self.stop = threading.Event()
+        self._asks: queue.SimpleQueue[Ask] = queue.SimpleQueue()
+        self._takes: queue.SimpleQueue[Ask] = queue.SimpleQueue()
+
+    @property
+    def can(self) -> list[Literal["epoch", "purge", "swap"]]:
+        """What this guest can be asked for."""
+        can: list[Literal["epoch", "purge", "swap"]] = []
+        if self.machine.guest.pressure is not None:
+            can += ["epoch", "purge"]
+        if self.machine.ram.has_store:
+            can.append("swap")
+        return can
+
+    # ---- the threads
+
+    def start(self) -> None:
+        """Start them; they end with the process."""
+        for name, body in (("link", self._talk), ("hand", self._ask), ("take", self._take)):
+            threading.Thread(target=self._guarded, args=(body,), name=f"emu-{name}", daemon=True).start()
+
+    def _guarded(self, body: Any) -> None:
+        try:
+            body()
+        except Bad as error:
+            print(f"emu fleet guest: the host's message was refused: {error}", file=sys.stderr)
+            os._exit(4)
+        except EmuError as error:  # the machine was closed under us: the main thread is ending
+            if not self.stop.is_set():
+                print(f"emu fleet guest: {error}", file=sys.stderr)
+                os._exit(5)
+
+    def _talk(self) -> None:
+        due = time.monotonic()
+        while not self.stop.is_set():
+            now = time.monotonic()
+            if now >= due:
+                self.link.send(self._status())
+                due = now + _STATUS
+            for message in self.link.receive(max(due - time.monotonic(), 0.0)):
+                if isinstance(message, Go):
+                    self.go.set()
+                elif isinstance(message, Stop):
+                    self.stop.set()
+                elif isinstance(message, Ask):
+                    (self._takes if message.request == "swap" else self._asks).put(message)
+
+    def _status(self) -> Status:
+        machine = self.machine
+        ram, guest = machine.ram, machine.guest
+        stats, store = ram.stats(), ram.store
+        working_set = machine.host.working_set
+        seen = working_set.estimates if working_set is not None else []
+        evicted = (
+            guest.pressure.counters["epoch_freed"] + guest.pressure.counters["purge_freed"] if guest.pressure else 0
+        )
+        return Status(
+            t=max(machine.clock.now(), 0.0),
+            rss=ram.look().rss,
+            side=ram.side_bytes,
+            pool=store.pool_resident,
+            swapped=store.pages * FRAME_SIZE,
+            used=max(guest.used_bytes, 0),
+            cached=max(guest.cached_bytes, 0),
+            free=max(guest.free_bytes, 0),
+            available=max(guest.available_bytes, 0),
+            sampled=seen[-1].sampled if seen else 0,
+            disk_read=guest.vmstat["pgpgin"] * 1024,
+            evicted=evicted * FRAME_SIZE,
+            throttled=stats["gate_throttled"],
+            swap_out=stats["swap_out_frames"] * FRAME_SIZE,
+            swap_in=stats["swap_in_frames"] * FRAME_SIZE,
+        )
+
+    def _ask(self) -> None:
+        while True:
+            ask = self._asks.get()
+            driver = self.machine.guest.pressure
+            freed = 0
+            if driver is not None:
+                with contextlib.suppress(EmuError):  # a guest that can't do it has given nothing
+                    freed = driver.purge() if ask.request == "purge" else driver.epoch(ask.age, ask.size)
+            self.link.send(Answer(ask=ask.ask, freed=freed))
+
+    def _take(self) -> None:
+        while True:
+            ask = self._takes.get()
+            freed = 0
+            with contextlib.suppress(EmuError):
+                freed = self.machine.host.swap_out(max(ask.size, FRAME_SIZE))
+            self.link.send(Answer(ask=ask.ask, freed=freed))
+
+    # ---- the guest
+
+    def run(self) -> None:
+        """Wait for the word, run the workload, and live on until the fleet ends."""
+        machine, settings = self.machine, self.settings
+        self._idle(self.go)
+        error, result = None, None
+        if not self.stop.is_set():
+            try:
+                result = run(
+                    machine,
+                    make_workload(settings["workload"], settings["args"], settings["seed"]),
+                    seed=settings["seed"],
+                    command="",
+                    on_step=self._row,
+                    on_sample=self._sample,
+                ).as_json()
+                error = result["error"]
+            except EmuError as failed:
+                error = f"{type(failed).__name__}: {failed}"
+        self.link.send(Done(result=result, error=error))
+        self._idle(self.stop)
+
+    def _row(self, name: str) -> None:
+        self.link.send(Row(name=name[:4096], t=max(self.machine.clock.now(), 0.0)))
+
+    def _sample(self, snapshot: Snapshot) -> None:
+        if self.stop.is_set():
+            raise Stopped(snapshot)
+
+    def _idle(self, until: threading.Event) -> None:
+        # its timers go on: reporting, aging, the flusher
+        while not (until.is_set() or self.stop.is_set()):
+            self.machine.run_for(0.05 * self.machine.clock.speed)
+
+
+def _die_with_the_host(parent: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(3)
+
+
+def _mechanism(settings: dict[str, Any]) -> Mechanism:
+    # swap without a file of its own uses the fleet's
+    mechanism = make_mechanism(settings["mechanism"])
+    if isinstance(mechanism, SwapMechanism) and mechanism.file is None:
+        return dataclasses.replace(
+            mechanism, file=settings["store"], memory=mechanism.memory or settings["store_memory"]
+        )
+    return mechanism
+
+
+def main() -> int:
+    """Be the guest that descriptor 0 describes."""
+    settings: dict[str, Any] = json.loads(sys.stdin.readline())
+    _die_with_the_host(settings["parent"])
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect(f"/proc/self/fd/{settings['socket']}")
+    link = Link(sock)
+    gate = Gate(settings["gate"])
+    with Machine(
+        settings["ram"],
+        _mechanism(settings),
+        disk=settings["disk"],
+        disk_read_only=True,
+        on_return=settings["on_return"],
+        speed=settings["speed"],
+        service=settings["service"],
+        cpus=settings["cpus"],
+    ) as machine:
+        gate.attach(machine.ram, settings["slot"], deadline=settings["wait"])
+        if settings["store"] is not None and machine.ram.aside_how != "none" and not machine.ram.has_store:
+            machine.ram.open_store(settings["store_memory"], file=settings["store"])
+            machine.ram.track_accesses()
+        if machine.ram.aside_how != "none":
+            machine.host.watch_working_set(period=2.0, window=10.0, seed=settings["seed"])
+        process = GuestProcess(link, machine, settings)
+        link.send(Hello(name=settings["name"], token=settings["token"], pid=os.getpid(), can=process.can))
+        process.start()
+        process.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,511 @@
+"""The host of a fleet: starts the guests' processes, keeps the budget, and contains what goes wrong with one of them.
+
+One loop, twenty times a second: read what the guests say, look at the gate (each guest's charge, from memory that its C
+core shares with us, not from its messages), let the budget decide, send requests.
+
+What a guest does wrong stays its own:
+ - it dies, or is killed: its pidfd tells; its charge goes back to the gate, the others go on
+ - it hangs: a process that says nothing for `silence` seconds is killed, and a request that isn't answered by its
+   deadline
+   is no longer waited for
+ - it floods: a tick reads so many messages of each, and no more; the rest waits in its own socket, and then so does it
+ - it lies: its figures are shown as its word. Decisions go by the gate, and what a process holds by /proc
+ - it sends what isn't a message, or one again: the connection is closed, and the process ended
+
+Nothing is left behind when this process is killed: guests die with it (PR_SET_PDEATHSIG), the gate is a memfd, stores
+are files without a name, and the socket's name is gone before the first guest is started: they come by an O_PATH
+descriptor of it, through /proc/self/fd.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import selectors
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from emu.errors import HostError
+from emu.fleet.scenario import Fleet, Guest
+from emu.fleet.wire import Answer, Ask, Bad, Done, Frames, Go, Hello, Message, Row, Status, Stop, encode
+from emu.gate import Gate
+from emu.host.budget import Budget, GuestView, Request
+from emu.host.pressure import read_psi
+from emu.observe.environment import environment
+from emu.observe.fleet import Believed, FleetResult, GuestResult, Sample
+
+__all__ = ["run_fleet"]
+
+_TICK = 0.05
+_MESSAGES = 64  # of one guest in a tick
+_READ = 1 << 18  # bytes of one guest in a tick
+_HELLO = 30.0  # seconds in which a guest must have said who it is
+_END = 20.0  # seconds in which it must have ended when it was told to
+_PREFIX = "emu-fleet-"
+
+
+def _listen() -> tuple[socket.socket, int]:
+    """Return a listening socket, and a descriptor of its place: the name is gone when this returns."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    _clear_stale(Path(runtime))
+    folder = tempfile.mkdtemp(prefix=_PREFIX, dir=runtime)
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        before = os.umask(0o177)
+        try:
+            listener.bind(f"/proc/self/fd/{lock}/host")
+        finally:
+            os.umask(before)
+        place = os.open("host", os.O_PATH | os.O_CLOEXEC, dir_fd=lock)
+        listener.listen(64)
+        return listener, place
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _clear_stale(runtime: Path) -> None:
+    # of a host that was killed between making its folder and removing it
+    for folder in runtime.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(fd).st_uid == os.getuid():
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(fd)
+
+
+def _peer(conn: socket.socket) -> tuple[int, int]:
+    pid, uid, _ = struct.unpack("3i", conn.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid
+
+
+@dataclass(eq=False)
+class _Guest:
+    spec: Guest
+    slot: int
+    result: GuestResult
+    token: str
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    begun: float
+    conn: socket.socket | None = None
+    frames: Frames = field(default_factory=Frames)
+    number: int = 0
+    out: bytearray = field(default_factory=bytearray)
+    can: frozenset[Request] = frozenset()
+    status: Status | None = None
+    heard: float = 0.0
+    said_hello: bool = False
+    going: bool = False
+    done: bool = False
+    dead: bool = False
+    stopping: float | None = None
+
+
+class _Host:
+    def __init__(self, fleet: Fleet, command: str, on_sample: Callable[[Sample], None]) -> None:
+        self.fleet = fleet
+        self.on_sample = on_sample
+        self.budget = Budget(
+            fleet.limits,
+            fleet.order,
+            step=fleet.step,
+            period=fleet.period,
+            deadline=fleet.deadline,
+            spread=fleet.spread,
+            oldest=fleet.oldest,
+            stall_low=fleet.psi_low,
+            stall_high=fleet.psi_high,
+        )
+        self.gate = Gate.create(fleet.max)
+        self.selector = selectors.DefaultSelector()
+        self.guests: list[_Guest] = []
+        self.asks: dict[int, tuple[_Guest, Request]] = {}
+        self.next_ask = 1
+        self.t0 = time.monotonic()
+        self.strangers: dict[socket.socket, Frames] = {}
+        settings = fleet.model_dump(exclude={"guests"}, mode="json")
+        self.result = FleetResult(command, settings, environment(), fleet.max, [])
+        self.listener, self.place = _listen()
+        self.selector.register(self.listener, selectors.EVENT_READ, self._accept)
+
+    @property
+    def now(self) -> float:
+        return time.monotonic() - self.t0
+
+    # ---- processes
+
+    def start(self, spec: Guest) -> None:
+        slot = len(self.guests)
+        token = secrets.token_hex(16)
+        told = {
+            "parent": os.getpid(),
+            "socket": self.place,
+            "gate": self.gate.fileno(),
+            "slot": slot,
+            "token": token,
+            "speed": self.fleet.speed,
+            "wait": self.fleet.wait,
+            "store": self.fleet.store,
+            "store_memory": self.fleet.store_memory,
+            **spec.model_dump(include={"name", "ram", "mechanism", "on_return", "workload", "args", "seed", "disk"}),
+            **spec.model_dump(include={"service", "cpus"}),
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", "emu.fleet.guest"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(self.place, self.gate.fileno()),
+        )
+        result = GuestResult(spec.name, spec.mechanism, spec.workload, spec.ram)
+        guest = _Guest(spec, slot, result, token, process, os.pidfd_open(process.pid), self.now)
+        guest.heard = self.now
+        self.guests.append(guest)
+        self.result.guests.append(result)
+        self.selector.register(guest.pidfd, selectors.EVENT_READ, lambda: self._died(guest))
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died already: its pidfd tells
+            process.stdin.write(json.dumps(told).encode() + b"\n")
+            process.stdin.close()
+
+    def _died(self, guest: _Guest) -> None:
+        if guest.dead:
+            return
+        guest.dead = True
+        self.selector.unregister(guest.pidfd)
+        os.close(guest.pidfd)
+        code = guest.process.wait()
+        # what it said before it died, its result among it
+        if guest.conn is not None:
+            self._read(guest, everything=True)
+            self._hang_up(guest)
+        slot = self.gate.slot(guest.slot)
+        guest.result.throttled, guest.result.throttled_seconds = slot.throttled, slot.throttled_seconds
+        guest.result.returned_bytes = self.gate.release(guest.slot)
+        self.budget.forget(guest.spec.name)
+        self.asks = {n: ask for n, ask in self.asks.items() if ask[0] is not guest}
+        if not guest.done and guest.result.state == "lost":
+            guest.result.state = "killed"
+            guest.result.detail = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
+            guest.result.ended = self.now
+        guest.done = True
+
+    def kill(self, guest: _Guest, state: str, detail: str) -> None:
+        if guest.result.state == "lost":
+            guest.result.state, guest.result.detail, guest.result.ended = state, detail, self.now
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(guest.pidfd, signal.SIGKILL)
+
+    # ---- messages
+
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                conn, _ = self.listener.accept()
+                conn.setblocking(False)
+                if _peer(conn)[1] != os.getuid() or len(self.strangers) >= 128:
+                    self.result.refused_peers += 1
+                    conn.close()
+                    continue
+                self.strangers[conn] = Frames(limit=4096)
+                self.selector.register(conn, selectors.EVENT_READ, lambda conn=conn: self._greeted(conn))
+
+    def _greeted(self, conn: socket.socket) -> None:
+        # the first message says which guest this is; it must come from the process that we started
+        frames = self.strangers[conn]
+        try:
+            data = conn.recv(4096)
+            if not data:
+                raise Bad("malformed", "it hung up")
+            frames.feed(data)
+            message = frames.take()
+            if message is None:
+                return
+            if not isinstance(message, Hello):
+                raise Bad("invalid", "no hello")
+            guest = next((g for g in self.guests if secrets.compare_digest(g.token, message.token)), None)
+            if guest is None or guest.conn is not None or guest.dead or _peer(conn)[0] != guest.process.pid:
+                raise Bad("invalid", "not a guest of ours")
+        except BlockingIOError:
+            return
+        except (Bad, OSError):
+            self.result.refused_peers += 1
+            self.selector.unregister(conn)
+            del self.strangers[conn]
+            conn.close()
+            return
+        del self.strangers[conn]
+        guest.conn, guest.said_hello, guest.heard = conn, True, self.now
+        frames.limit = guest.frames.limit
+        guest.frames = frames
+        guest.can = frozenset(Request(name) for name in message.can)
+        self.selector.modify(conn, selectors.EVENT_READ, lambda: self._read(guest))
+        self._read(guest)
+
+    def _read(self, guest: _Guest, *, everything: bool = False) -> None:
+        # so many messages a tick: who sends more waits in his own socket
+        assert guest.conn is not None
+        left = 1 << 30 if everything else _MESSAGES
+        try:
+            while left and guest.conn is not None:
+                while left and (message := guest.frames.take()) is not None:
+                    left -= 1
+                    self._heard(guest, message)
+                if left:
+                    data = guest.conn.recv(_READ)
+                    if not data:
+                        self._hang_up(guest)
+                        return
+                    guest.frames.feed(data)
+        except BlockingIOError:
+            return
+        except Bad as error:
+            guest.result.refused[error.reason] = guest.result.refused.get(error.reason, 0) + 1
+            if not guest.dead:
+                self.kill(guest, "refused", str(error))
+            self._hang_up(guest)
+        except OSError:
+            self._hang_up(guest)
+
+    def _hang_up(self, guest: _Guest) -> None:
+        if guest.conn is not None:
+            self.selector.unregister(guest.conn)
+            guest.conn.close()
+            guest.conn = None
+
+    def _heard(self, guest: _Guest, message: Message) -> None:
+        guest.heard = self.now
+        result = guest.result
+        if isinstance(message, Status):
+            guest.status = message
+            result.peak_rss_bytes = max(result.peak_rss_bytes, message.rss)
+            result.swap_out_bytes, result.swap_in_bytes = message.swap_out, message.swap_in
+            result.disk_read_bytes = message.disk_read
+            self._believe(guest, message)
+        elif isinstance(message, Row):
+            # the first row is the boot; the second one is where it has its memory
+            if result.admitted is None and result.started is not None and not message.name.startswith("boot"):
+                result.admitted = self.now - result.started
+        elif isinstance(message, Answer):
+            ask = self.asks.pop(message.ask, None)
+            if ask is None or ask[0] is not guest:
+                raise Bad("invalid", f"an answer to request {message.ask}, which it doesn't have")
+            self.budget.answered(guest.spec.name, ask[1], message.freed)
+        elif isinstance(message, Done):
+            if guest.done:
+                raise Bad("invalid", "done twice")
+            guest.done = True
+            result.ended = self.now
+            result.state = "failed" if message.error else "ok"
+            result.detail = message.error or ""
+            result.result = message.result
+            if message.result is not None:
+                result.verified_frames = int(message.result.get("verified_frames", 0))
+                result.corrupt_frames = int(message.result.get("corrupt_frames", 0))
+        else:
+            raise Bad("invalid", f"a {message.type} is the host's to send")
+
+    def _believe(self, guest: _Guest, status: Status) -> None:
+        # figures that a host could have, against what the guest's kernel knows
+        ram, b = guest.spec.ram, guest.result.believed
+        n = b.samples + 1
+        errors = (
+            abs(ram - status.available - status.used) / ram,
+            abs(status.rss - status.used) / ram,
+            abs(status.sampled - status.used) / ram,
+        )
+        means = [old + (new - old) / n for old, new in zip((b.balloon, b.rss, b.sampled), errors, strict=True)]
+        guest.result.believed = Believed(n, *means)
+        # what the kernel says that the process holds can't be less than what it says of its RAM, nor much more
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            pages = int(Path(f"/proc/{guest.process.pid}/statm").read_text().split()[1])
+            if pages * 4096 + (8 << 20) < status.rss + status.side + status.pool:
+                guest.result.lies += 1
+
+    def send(self, guest: _Guest, message: Message) -> None:
+        if guest.conn is None:
+            return
+        guest.number += 1
+        guest.out += encode(message, guest.number)
+        self._flush(guest)
+
+    def _flush(self, guest: _Guest) -> None:
+        if guest.conn is None:
+            return
+        try:
+            while guest.out:
+                del guest.out[: guest.conn.send(guest.out)]
+        except BlockingIOError:
+            if len(guest.out) > 1 << 20:  # it doesn't read what it is told
+                self.kill(guest, "silent", "it doesn't read its messages")
+        except OSError:
+            self._hang_up(guest)
+
+    # ---- the loop
+
+    def _views(self) -> list[GuestView]:
+        return [
+            GuestView(guest.spec.name, self.gate.slot(guest.slot).charged, guest.can)
+            for guest in self.guests
+            if not guest.dead
+        ]
+
+    def _decide(self) -> None:
+        stall = 0.0
+        if self.fleet.psi is not None:
+            stall = read_psi(self.fleet.psi).some
+        by_name = {guest.spec.name: guest for guest in self.guests}
+        for ask in self.budget.decide(self.now, self._views(), stall):
+            guest = by_name[ask.guest]
+            number, self.next_ask = self.next_ask, self.next_ask + 1
+            self.asks[number] = (guest, ask.request)
+            self.result.first.setdefault(ask.request, self.now)
+            within = max(ask.deadline - self.now, 0.0)
+            self.send(guest, Ask(ask=number, request=ask.request.value, size=ask.size, age=ask.age, within=within))
+
+    def _sample(self) -> None:
+        statuses = [guest.status for guest in self.guests if guest.status is not None and not guest.dead]
+        result, last = self.result, self.result.samples[-1] if self.result.samples else None
+        sample = Sample(
+            t=self.now,
+            charged=self.gate.charged,
+            rss=sum(s.rss for s in statuses),
+            side=sum(s.side for s in statuses),
+            pool=sum(s.pool for s in statuses),
+            swapped=sum(s.swapped for s in statuses),
+            used=sum(s.used for s in statuses),
+            cached=sum(s.cached for s in statuses),
+            evicted=sum(s.evicted for s in statuses),
+            disk_read=sum(s.disk_read for s in statuses),
+        )
+        result.peak_rss_bytes = max(result.peak_rss_bytes, sample.rss)
+        if last is not None:
+            result.rss_byte_seconds += (sample.t - last.t) * (sample.rss + last.rss) / 2
+            second = next((s for s in reversed(result.samples) if s.t <= sample.t - 1), None)
+            if second is not None:
+                span = sample.t - second.t
+                result.peak_evicted_rate = max(result.peak_evicted_rate, (sample.evicted - second.evicted) / span)
+                result.peak_disk_rate = max(result.peak_disk_rate, (sample.disk_read - second.disk_read) / span)
+        result.samples.append(sample)
+        self.on_sample(sample)
+
+    def _tend(self) -> None:
+        for i, guest in enumerate(self.guests):
+            if guest.dead:
+                continue
+            self._flush(guest)
+            if guest.conn is not None:
+                self._read(guest)
+            limit = self.fleet.silence if guest.said_hello else _HELLO
+            if not guest.dead and self.now - guest.heard > limit and guest.result.state == "lost":
+                self.kill(guest, "silent", f"nothing heard for {limit:g} s")
+            if not guest.going and guest.said_hello and self._may_go(i):
+                guest.going = True
+                guest.result.started = self.now
+                self.send(guest, Go())
+
+    def _may_go(self, i: int) -> bool:
+        start = self.guests[i].spec.start
+        if start is None:
+            return i == 0 or self.guests[i - 1].done
+        return self.now >= start and all(guest.said_hello or guest.dead for guest in self.guests)
+
+    def _step(self, timeout: float = _TICK) -> None:
+        for key, _ in self.selector.select(timeout):
+            key.data()
+
+    def run(self) -> None:
+        for spec in self.fleet.guests:
+            self.start(spec)
+        next_tick = self.now
+        while not all(guest.done or guest.dead for guest in self.guests):
+            self._step(max(next_tick - self.now, 0.0))
+            if self.now < next_tick:
+                continue
+            next_tick = self.now + _TICK
+            self._tend()
+            self._decide()
+            self._sample()
+            if self.now > self.fleet.timeout:
+                for guest in self.guests:
+                    if not guest.done and not guest.dead:
+                        self.kill(guest, "silent", f"the fleet's timeout of {self.fleet.timeout:g} s is over")
+        for guest in self.guests:
+            self.send(guest, Stop())
+        until = self.now + _END
+        while not all(guest.dead for guest in self.guests):
+            self._step()
+            self._tend_the_last(until)
+
+    def _tend_the_last(self, until: float) -> None:
+        for guest in self.guests:
+            if not guest.dead:
+                self._flush(guest)
+                if self.now > until:
+                    self.kill(guest, "silent", "it didn't end when it was told to")
+
+    def close(self) -> None:
+        for guest in self.guests:
+            if not guest.dead:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(guest.pidfd, signal.SIGKILL)
+                guest.process.wait()
+                os.close(guest.pidfd)
+                guest.dead = True
+            self._hang_up_quietly(guest)
+        for conn in self.strangers:
+            conn.close()
+        self.selector.close()
+        self.listener.close()
+        os.close(self.place)
+        self.gate.close()
+
+    @staticmethod
+    def _hang_up_quietly(guest: _Guest) -> None:
+        if guest.conn is not None:
+            guest.conn.close()
+            guest.conn = None
+
+    def finish(self) -> FleetResult:
+        result, budget = self.result, self.budget
+        result.seconds = self.now
+        result.peak_charged_bytes = self.gate.peak
+        result.asked = {request.value: n for request, n in budget.asked.items()}
+        result.answered = {request.value: n for request, n in budget.answers.items()}
+        result.late = {request.value: n for request, n in budget.late.items()}
+        result.freed = {request.value: n for request, n in budget.freed.items()}
+        return result
+
+
+def run_fleet(
+    fleet: Fleet, *, command: str = "", on_sample: Callable[[Sample], None] = lambda sample: None
+) -> FleetResult:
+    """Run a fleet to its end: until every guest's workload is done, or it is dead. Whatever happens, no process is
+    left.
+
+    Raises HostError if the fleet can't be started at all.
+    """
+    try:
+        host = _Host(fleet, command, on_sample)
+    except OSError as error:
+        raise HostError(f"the fleet's socket: {error.strerror}") from error
+    try:
+        host.run()
+        return host.finish()
+    finally:
+        host.close()

@@ -1,0 +1,168 @@
+"""A fleet as TOML: the budget, and the guests.
+
+[fleet]
+max = "3GiB"                                   # footprint of all guests; low and high: 80 and 90 % of it
+order = "epoch@low > purge@high > swap@max"
+speed = "real"                                 # guest seconds a second
+store = "/var/tmp"                             # where swapped pages go when the pool is full
+
+    [[guest]]
+    name = "vm"                    # with count, -1, -2 ... are added
+    count = 4
+    ram = "2GiB"
+    mechanism = "reporting"
+    workload = "memhog"
+    args = { size = "1536MiB", rounds = 1, hold = "0s" }
+    start = "0s"                   # after the fleet's start, or "in turn": when the one before is done
+    stagger = "0s"                 # added for each further one of the count
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from emu.errors import BadValue
+from emu.host.budget import DEFAULT_ORDER, Limits, parse_order
+from emu.mechanisms import make_mechanism
+from emu.units import parse_duration, parse_ram_size, parse_size
+from emu.workloads.registry import make_workload
+
+__all__ = ["Fleet", "Guest", "read_fleet", "read_toml"]
+
+MOST_GUESTS = 64
+
+
+def _size(value: Any) -> int:
+    return parse_size(value)
+
+
+def _seconds(value: Any) -> float:
+    return parse_duration(value)
+
+
+Size = Annotated[int, BeforeValidator(_size)]
+Seconds = Annotated[float, BeforeValidator(_seconds)]
+
+
+class _Table(BaseModel):
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
+
+
+class Guest(_Table):
+    """One guest. start: seconds after the fleet's start; None: when the guest before it is done."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,40}$")]
+    ram: Annotated[int, BeforeValidator(parse_ram_size)]
+    mechanism: str = "reporting"
+    on_return: str = "now"
+    workload: str = "memhog"
+    args: dict[str, Any] = {}
+    start: float | None = 0.0
+    seed: int = 1
+    disk: str | None = None
+    service: Literal["auto", "inline", "thread"] = "auto"
+    cpus: Annotated[int, Field(ge=1, le=1024)] = 1
+
+
+class Fleet(_Table):
+    """A fleet: limits are bytes, times are seconds; deadline, silence and period of the wall's clock.
+
+    silence: a guest's process that says nothing for so long is killed. wait: how long a charge at the gate waits.
+    spread: the guests' turns lie evenly in time. psi: a file such as /proc/pressure/memory whose some avg10 drives the
+    budget, too.
+    """
+
+    max: Size
+    low: Size | None = None
+    high: Size | None = None
+    order: str = DEFAULT_ORDER
+    spread: bool = True
+    step: Size = 64 << 20
+    period: Seconds = 0.5
+    deadline: Seconds = 2.0
+    oldest: Seconds = 60.0
+    speed: str | float = "real"
+    silence: Seconds = 10.0
+    wait: Seconds = 60.0
+    store: str | None = None
+    store_memory: Size | None = None
+    psi: str | None = None
+    psi_low: float | None = None
+    psi_high: float | None = None
+    timeout: Seconds = 600.0
+    guests: tuple[Guest, ...] = ()
+
+    @property
+    def limits(self) -> Limits:
+        """The budget's limits."""
+        return Limits.of(self.max, self.low, self.high)
+
+
+class _Group(_Table):
+    # a [[guest]] table: one, or many alike
+    name: str
+    count: Annotated[int, Field(ge=1, le=MOST_GUESTS)] = 1
+    start: Any = 0.0
+    stagger: Seconds = 0.0
+    guest: dict[str, Any] = {}
+
+
+def _guests(tables: list[dict[str, Any]]) -> list[Guest]:
+    guests: list[Guest] = []
+    for table in tables:
+        own = {key: table.pop(key) for key in ("name", "count", "start", "stagger") if key in table}
+        group = _Group(**own)
+        for i in range(group.count):
+            start = None if group.start == "in turn" else parse_duration(group.start) + i * group.stagger
+            name = group.name if group.count == 1 else f"{group.name}-{i + 1}"
+            guests.append(Guest(name=name, start=start, **table))
+    return guests
+
+
+def _where(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place}: {first['msg']}" if place else str(first["msg"])
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Return what a TOML file holds. Raises BadValue."""
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise BadValue(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadValue(f"{path} isn't TOML: {error}") from None
+
+
+def read_fleet(source: str | Path | dict[str, Any]) -> Fleet:
+    """Read a fleet from a TOML file, or from what one would parse to. Raises BadValue with the place that is wrong."""
+    raw = source if isinstance(source, dict) else read_toml(source)
+    name = "the fleet" if isinstance(source, dict) else str(source)
+    if unknown := set(raw) - {"fleet", "guest"}:
+        raise BadValue(f"{name}: {sorted(unknown)[0]!r} isn't known: [fleet] and [[guest]] are")
+    tables = raw.get("guest", [])
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise BadValue(f"{name}: it has no [[guest]]")
+    try:
+        guests = _guests([dict(table) for table in tables])
+        fleet = Fleet(**raw.get("fleet", {}), guests=tuple(guests))
+    except ValidationError as error:
+        raise BadValue(f"{name}: {_where(error)}") from None
+    except TypeError as error:
+        raise BadValue(f"{name}: {error}") from None
+    if len(guests) > MOST_GUESTS:
+        raise BadValue(f"{name}: {len(guests)} guests are more than {MOST_GUESTS}")
+    if len({guest.name for guest in guests}) < len(guests):
+        raise BadValue(f"{name}: two guests have one name")
+    try:
+        parse_order(fleet.order)
+        _ = fleet.limits
+        for guest in guests:
+            make_mechanism(guest.mechanism)
+            make_workload(guest.workload, guest.args, guest.seed)
+    except BadValue as error:
+        raise BadValue(f"{name}: {error}") from None
+    return fleet

@@ -1,0 +1,92 @@
+"""A fleet as a table: a row a guest, the fleet's line, and a foot that says what was asked for, and when."""
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from emu.observe.fleet import FleetResult, GuestResult
+from emu.units import format_size, mib_text
+
+__all__ = ["print_fleet"]
+
+_HEADS = ("guest", "ended", "start", "has it", "took", "peak RSS", "swap out", "swap in", "waited")
+_UNITS = ("", "", "s", "s", "s", "MiB", "MiB", "MiB", "s")
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _row(guest: GuestResult) -> tuple[str, ...]:
+    return (
+        guest.name,
+        guest.state,
+        _seconds(guest.started),
+        _seconds(guest.admitted),
+        _seconds(guest.seconds),
+        mib_text(guest.peak_rss_bytes),
+        mib_text(guest.swap_out_bytes),
+        mib_text(guest.swap_in_bytes),
+        f"{guest.throttled_seconds:.1f}",
+    )
+
+
+def _foot(result: FleetResult) -> list[str]:
+    env, settings = result.environment, result.settings
+    asked = [
+        f"{name} {result.asked[name]:,} ({result.answered[name]:,} answered, {result.late[name]:,} late, "
+        f"{format_size(result.freed[name])}; first at {result.first[name]:.1f} s)"
+        for name in result.first
+    ]
+    mechanisms = ", ".join(sorted({guest.mechanism for guest in result.guests}))
+    verified, corrupt = (sum(getattr(g, f"{what}_frames") for g in result.guests) for what in ("verified", "corrupt"))
+    spread = "spread" if settings["spread"] else "at once"
+    lines = [
+        f"max {format_size(result.max_bytes)}: most charged at once {mib_text(result.peak_charged_bytes)} MiB, most RSS "
+        f"{mib_text(result.peak_rss_bytes)} MiB (statuses of 0.1 s, added up); "
+        f"{result.rss_byte_seconds / 2**30 / 60:.2f} GiB*min of RSS; swap traffic {mib_text(result.swap_bytes)} MiB; "
+        f"{result.seconds:.1f} s",
+        f"asked for: {'; '.join(asked) or 'nothing'}",
+        f"most in any second: {mib_text(int(result.peak_evicted_rate))} MiB of cache evicted, "
+        f"{mib_text(int(result.peak_disk_rate))} MiB read from the guests' disks",
+        f"{verified:,} frames checked, {corrupt} wrong",
+        f"mechanisms {mechanisms}; lines of defence {settings['order']}, {spread}; clock {settings['speed']}; "
+        f"Linux {env['kernel']}, {env['cpus']} cores; one process a guest",
+        "start: after the fleet's; has it: from there to the first row that isn't the boot; waited: for memory, at the "
+        "gate",
+    ]
+    believed = [guest for guest in result.guests if guest.believed.samples]
+    if believed:
+        means = [sum(getattr(g.believed, k) for g in believed) / len(believed) for k in ("balloon", "rss", "sampled")]
+        lines.append(
+            "what a host would believe of the guests' use, mean error in % of the RAM: "
+            f"balloon statistics {means[0]:.1%}, RSS {means[1]:.1%}, sampling {means[2]:.1%}"
+        )
+    lines += [
+        f"{guest.name}: {guest.state}: {guest.detail}; {format_size(guest.returned_bytes)} went back to the budget"
+        for guest in result.guests
+        if guest.state != "ok"
+    ]
+    lines += [
+        f"{guest.name}: messages refused: {', '.join(f'{n} {reason}' for reason, n in guest.refused.items())}"
+        for guest in result.guests
+        if guest.refused
+    ]
+    lines += [
+        f"{guest.name}: {guest.lies} statuses beyond what its process holds" for guest in result.guests if guest.lies
+    ]
+    if result.refused_peers:
+        lines.append(f"{result.refused_peers} connections of strangers refused")
+    return [*lines, *result.notes, f"again: {result.command}"]
+
+
+def print_fleet(result: FleetResult, console: Console) -> None:
+    """Print a fleet's result."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, head in enumerate(_HEADS):
+        table.add_column(Text(f"{head}\n{_UNITS[i]}"), justify="left" if i < 2 else "right", no_wrap=True)
+    for guest in result.guests:
+        table.add_row(*(Text(cell) for cell in _row(guest)))
+    console.print(table)
+    for line in _foot(result):
+        console.print(Text(line), soft_wrap=not console.is_terminal)
