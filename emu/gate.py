@@ -11,6 +11,7 @@ fault), copies left aside, and the store's pool. Up to 64 frames a RAM are stock
 import mmap
 import os
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Self
 
 from emu import _native
@@ -121,6 +122,12 @@ class Gate:
         """Give back what a dead process had charged; return the bytes."""
         self._check(slot)
         return int(lib.emu_gate_release(self._native(), slot)) * FRAME_SIZE
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
 
     def close(self) -> None:
         """Unmap it, and close its descriptor.

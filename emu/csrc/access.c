@@ -132,6 +132,8 @@ void emu_access_note_slow(struct emu_region *r, uint64_t gfn, uint64_t count, bo
 	struct emu_access *a = access_of(r);
 	const uint8_t want = write ? EMU_ACCESSED | EMU_DIRTIED : EMU_ACCESSED;
 
+	if (!emu_thread.access_slot)
+		emu_access_enter_slow(r);
 	/* release: what the range before it was about has been done */
 	atomic_store_explicit(&a->line[emu_thread.access_slot - 1].range, gfn << 16 | count, memory_order_release);
 	if (!a->membarrier)

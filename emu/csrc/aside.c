@@ -41,7 +41,8 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
-#define RUN 2048 /* frames that one ioctl moves, and BUSY spans: some 0.2 ms */
+#define RUN 2048   /* frames that one ioctl moves, and BUSY spans: some 0.2 ms */
+#define RUN_COPY 64 /* where they are copied: the copies are over what the guest is charged for */
 #define SWEEP 32
 #define UNSHARE_TRIES 2
 
@@ -114,6 +115,14 @@ static void clear_places(struct emu_region *r, uint64_t gfn, uint64_t count)
 	emu_gate_uncharge(r, n);
 }
 
+/* Into the ring; returns whom that has driven out (gfn + 1), or 0. Async-signal-safe. */
+static uint64_t push(struct emu_region *r, uint64_t gfn)
+{
+	struct emu_aside *a = r->aside;
+
+	return atomic_exchange(&a->stale_ring[atomic_fetch_add(&a->stale_head, 1) % EMU_STALE_RING], gfn + 1);
+}
+
 /* Those of up to SWEEP frames, in any state, whose side page is stale: without it. */
 static void drop_stale(struct emu_region *r, const uint64_t *gfns, size_t n)
 {
@@ -126,10 +135,12 @@ static void drop_stale(struct emu_region *r, const uint64_t *gfns, size_t n)
 		const uint64_t gfn = gfns[i];
 		uint8_t state = emu_state_load(r, gfn);
 
-		/* BUSY: its holder may clear the place itself; if not, it is found when the frame goes aside again */
-		if (state == EMU_BUSY || state == EMU_ASIDE || !atomic_load(&r->aside->stale[gfn]) ||
-		    !emu_state_try(r, gfn, state, EMU_BUSY))
+		if (!atomic_load(&r->aside->stale[gfn]) || state == EMU_ASIDE)
+			continue; /* its place was cleared, and is perhaps in use */
+		if (state == EMU_BUSY || !emu_state_try(r, gfn, state, EMU_BUSY)) {
+			push(r, gfn); /* another time */
 			continue;
+		}
 		prior[kept] = state;
 		held[kept] = gfn;
 		run[kept++] = (struct iovec){ emu_side(r, gfn), EMU_FRAME_SIZE };
@@ -173,7 +184,7 @@ static void sweep(struct emu_region *r)
 
 /*
  * A frame that we hold BUSY has its page elsewhere, and a copy of it is left aside. Async-signal-safe.  The caller publishes
- * the frame and then calls settle().
+ * the frame and then calls emu_aside_settle().
  */
 void emu_aside_left(struct emu_region *r, uint64_t gfn)
 {
@@ -182,16 +193,32 @@ void emu_aside_left(struct emu_region *r, uint64_t gfn)
 	emu_stat_add(r, EMU_STAT_aside_stale, 1);
 }
 
-static void settle(struct emu_region *r, uint64_t gfn)
+void emu_aside_settle(struct emu_region *r, uint64_t gfn)
 {
-	struct emu_aside *a = r->aside;
-	uint32_t at = atomic_fetch_add(&a->stale_head, 1);
-	uint64_t former = atomic_exchange(&a->stale_ring[at % EMU_STALE_RING], gfn + 1) - 1;
+	uint64_t former = push(r, gfn);
 
-	if (former != UINT64_MAX)
+	if (former--)
 		drop_stale(r, &former, 1);
-	if (at % SWEEP == SWEEP - 1)
+	if (atomic_load(&r->aside->nr_stale) >= SWEEP)
 		sweep(r);
+}
+
+/* All of them, also those that the ring has lost: for when nothing hurries. */
+static void sweep_table(struct emu_region *r)
+{
+	uint64_t gfns[SWEEP];
+	size_t n = 0;
+
+	for (uint64_t gfn = 0; gfn < r->frames && atomic_load(&r->aside->nr_stale); gfn++) {
+		if (!atomic_load_explicit(&r->aside->stale[gfn], memory_order_relaxed))
+			continue;
+		gfns[n++] = gfn;
+		if (n == SWEEP) {
+			drop_stale(r, gfns, n);
+			n = 0;
+		}
+	}
+	drop_stale(r, gfns, n);
 }
 
 int64_t emu_aside_sweep(struct emu_region *r)
@@ -202,6 +229,8 @@ int64_t emu_aside_sweep(struct emu_region *r)
 		return err;
 	if (r->aside)
 		sweep(r);
+	if (r->aside && atomic_load(&r->aside->nr_stale))
+		sweep_table(r);
 	emu_region_leave(r);
 	return 0;
 }
@@ -237,7 +266,7 @@ int emu_aside_return(struct emu_region *r, uint64_t gfn)
 	}
 	emu_state_wake(r, gfn, 1);
 	if (left)
-		settle(r, gfn);
+		emu_aside_settle(r, gfn);
 	return err;
 }
 
@@ -245,11 +274,20 @@ int emu_aside_return(struct emu_region *r, uint64_t gfn)
 static uint64_t replace(struct emu_region *r, uint64_t gfn, uint64_t n, int *err)
 {
 	unsigned eagain = 0;
-	uint64_t done;
+	uint64_t done, bytes;
 
 	*err = emu_uffd_fill(r->uffd, r->have_move ? EMU_FILL_MOVE : EMU_FILL_COPY, (uintptr_t)emu_frame(r, gfn),
 	                     emu_side(r, gfn), n << EMU_FRAME_SHIFT, false, &done, &eagain);
 	done >>= EMU_FRAME_SHIFT;
+	if (*err == -EEXIST && r->have_move && r->service == EMU_SERVICE_THREAD) {
+		/* a marker (service.c, refuse), over which nothing can be moved, but copied */
+		*err = emu_uffd_fill(r->uffd, EMU_FILL_COPY, (uintptr_t)emu_frame(r, gfn + done), emu_side(r, gfn + done),
+		                     EMU_FRAME_SIZE, false, &bytes, &eagain);
+		if (!*err) {
+			madvise(emu_side(r, gfn + done), EMU_FRAME_SIZE, MADV_DONTNEED);
+			done++;
+		}
+	}
 	if (done && !r->have_move && madvise(emu_side(r, gfn), done << EMU_FRAME_SHIFT, MADV_DONTNEED))
 		for (uint64_t i = 0; i < done; i++) {
 			emu_gate_charge(r, 1, EMU_GATE_FORCE);
@@ -325,6 +363,47 @@ int64_t emu_bring_back(struct emu_region *r, const struct emu_range *ranges, siz
 
 /* ---- the way out */
 
+/*
+ * The second way, for at most RUN_COPY frames.  Two things that the kernel may do here: UFFDIO_COPY reads its source with
+ * faults on, and would sleep on a hole in it until somebody serves a frame that we hold BUSY; so holes are looked for
+ * first.  And MADV_DONTNEED that meets a page which it can't take has taken the ones before it; so pagemap is asked.
+ */
+static uint64_t capture_by_copy(struct emu_region *r, uint64_t gfn, uint64_t n, unsigned *eagain, int *err)
+{
+	uint8_t *src = emu_frame(r, gfn), *dst = emu_side(r, gfn), absent[RUN_COPY];
+	uint64_t present = 0, copied = 0, done, bytes;
+
+	emu_gate_charge(r, (int64_t)n, EMU_GATE_FORCE);
+	*err = emu_uffd_writeprotect(r->uffd, (uintptr_t)src, n << EMU_FRAME_SHIFT, UFFDIO_WRITEPROTECT_MODE_WP);
+	if (!*err) {
+		emu_pages_absent(r, src, n, absent);
+		while (present < n && !absent[present])
+			present++;
+		if (present)
+			*err = emu_uffd_fill(r->uffd, EMU_FILL_COPY, (uintptr_t)dst, src, present << EMU_FRAME_SHIFT, true, &copied,
+			                     eagain);
+		copied >>= EMU_FRAME_SHIFT;
+		if (!*err && present < n)
+			*err = -ENOENT;
+	}
+	done = copied;
+	if (copied && madvise(src, copied << EMU_FRAME_SHIFT, MADV_DONTNEED)) {
+		*err = -errno;
+		emu_pages_absent(r, src, copied, absent);
+		for (done = 0; done < copied && absent[done]; done++)
+			;
+		for (uint64_t i = done; i < copied; i++)
+			if (absent[i]) /* taken behind one that wasn't: back from its copy */
+				emu_uffd_fill(r->uffd, EMU_FILL_COPY, (uintptr_t)src + (i << EMU_FRAME_SHIFT),
+				              dst + (i << EMU_FRAME_SHIFT), EMU_FRAME_SIZE, false, &bytes, eagain);
+		madvise(dst + (done << EMU_FRAME_SHIFT), (copied - done) << EMU_FRAME_SHIFT, MADV_DONTNEED);
+	}
+	if (done < n) /* those stay, writable; who met the protection is woken */
+		emu_uffd_writeprotect(r->uffd, (uintptr_t)src + (done << EMU_FRAME_SHIFT), (n - done) << EMU_FRAME_SHIFT, 0);
+	emu_gate_uncharge(r, (int64_t)n);
+	return done;
+}
+
 /* How many of the frames, BUSY and ours, are aside now, from the first on; *err is why the next one isn't. */
 static uint64_t capture(struct emu_region *r, uint64_t gfn, uint64_t n, int *err)
 {
@@ -335,21 +414,13 @@ static uint64_t capture(struct emu_region *r, uint64_t gfn, uint64_t n, int *err
 	clear_places(r, gfn, n);
 	if (r->have_move) {
 		*err = emu_uffd_fill(r->uffd, EMU_FILL_MOVE, dst, (const void *)(uintptr_t)src, len, true, &done, &eagain);
+		done >>= EMU_FRAME_SHIFT;
 	} else {
-		*err = emu_uffd_writeprotect(r->uffd, src, len, UFFDIO_WRITEPROTECT_MODE_WP);
-		if (!*err)
-			*err = emu_uffd_fill(r->uffd, EMU_FILL_COPY, dst, (const void *)(uintptr_t)src, len, true, &done, &eagain);
-		if (done && madvise((void *)(uintptr_t)src, done, MADV_DONTNEED)) {
-			*err = -errno; /* both are there: what is in the guest is the truth */
-			madvise((void *)(uintptr_t)dst, done, MADV_DONTNEED);
-			done = 0;
-		}
-		if (done < len) /* those stay, writable; who met the protection is woken */
-			emu_uffd_writeprotect(r->uffd, src + done, len - done, 0);
+		done = capture_by_copy(r, gfn, n, &eagain, err);
 	}
 	if (eagain)
 		emu_stat_add(r, EMU_STAT_uffd_eagain, eagain);
-	return done >> EMU_FRAME_SHIFT;
+	return done;
 }
 
 /* A page shared with a forked child, or formerly: a write makes it this process's own again. */
@@ -359,16 +430,21 @@ static void touch_alone(struct emu_region *r, uint64_t gfn)
 	struct emu_walk w = { .r = r, .ranges = &range, .n = 1, .op = EMU_TOUCH_WRITE, .left = 1 };
 	bool was_blocked;
 
+	if (emu_state_load(r, gfn) != EMU_RESIDENT)
+		return;
 	emu_sigbus_ensure(r);
 	was_blocked = emu_sigbus_unblock();
+	emu_thread.impatient = true; /* given back meanwhile, it isn't worth waiting at the gate: least of all for the worker */
 	emu_guest_walk(&w);
+	emu_thread.impatient = false;
 	if (was_blocked)
 		emu_sigbus_block();
 }
 
 int64_t emu_aside_take(struct emu_region *r, uint64_t gfn, uint64_t end, int stamp)
 {
-	uint64_t shared = UINT64_MAX;
+	const uint64_t longest = r->have_move ? RUN : RUN_COPY;
+	uint64_t shared = UINT64_MAX, most = longest;
 	int64_t taken = 0;
 	int tries = 0;
 
@@ -391,7 +467,7 @@ int64_t emu_aside_take(struct emu_region *r, uint64_t gfn, uint64_t end, int sta
 			gfn++;
 			continue;
 		}
-		n = emu_state_claim(r, gfn, end - gfn < RUN ? end - gfn : RUN, EMU_RESIDENT);
+		n = emu_state_claim(r, gfn, end - gfn < most ? end - gfn : most, EMU_RESIDENT);
 		if (!n)
 			continue;
 		done = capture(r, gfn, n, &err);
@@ -408,6 +484,11 @@ int64_t emu_aside_take(struct emu_region *r, uint64_t gfn, uint64_t end, int sta
 		gfn += done;
 		if (!err)
 			continue;
+		if (err == -EINVAL && n - done > 1) { /* two VMAs, or a locked page: all of the run is refused for it */
+			most = (n - done) / 2;
+			continue;
+		}
+		most = longest;
 		if (err == -EBUSY && shared != gfn) {
 			shared = gfn;
 			tries = 0;

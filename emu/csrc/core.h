@@ -110,7 +110,6 @@ struct emu_region {
 	uint32_t disable;
 	_Atomic(struct emu_gate *) gate;
 	int gate_slot, gate_deadline_ms;
-	_Atomic int64_t gate_stock; /* frames charged and not used */
 	pthread_mutex_t setup; /* of the above, one at a time */
 	uint32_t fault_around;
 	int pagemap_fd;
@@ -152,6 +151,7 @@ struct emu_guard {
 	struct emu_region *region;
 	volatile int err;
 	volatile uint64_t gfn;
+	volatile bool elsewhere; /* gfn is another region's */
 	/* the books already say what an access to this frame is about to do; EMU_NO_PROMISE: no such frame */
 	volatile uint64_t promised;
 	volatile bool promised_write;
@@ -166,6 +166,7 @@ struct emu_thread {
 	struct emu_guard *_Atomic guard;
 	unsigned stripe; /* 0 = not chosen yet */
 	unsigned faults; /* met by its accesses */
+	bool impatient; /* a charge that would wait fails instead */
 	unsigned access_slot; /* access.c: its line + 1, during a call on a region that is tracked */
 	/* sigbus.c */
 	uint64_t last_addr;
@@ -264,7 +265,8 @@ int emu_uffd_fill(int fd, enum emu_fill how, uint64_t dst, const void *src, uint
 extern int (*emu_uffd_ioctl)(int fd, unsigned long request, void *arg);
 
 /* fault.c */
-int emu_fault_resolve(struct emu_region *r, uint64_t gfn, bool write);
+int emu_fault_resolve(struct emu_region *r, uint64_t gfn, bool write, int how);
+void emu_fault_unmark(struct emu_region *r, uint64_t gfn);
 int emu_fault_vanished(struct emu_region *r, uint64_t gfn);
 int emu_fault_fill(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t prior, bool write, const void *src,
                    uint64_t *done);
@@ -330,6 +332,7 @@ int emu_aside_return(struct emu_region *r, uint64_t gfn);
 int64_t emu_aside_take(struct emu_region *r, uint64_t gfn, uint64_t end, int stamp);
 int64_t emu_aside_restore(struct emu_region *r, uint64_t gfn, uint64_t end);
 void emu_aside_left(struct emu_region *r, uint64_t gfn); /* BUSY, and its side page is a copy of what is elsewhere */
+void emu_aside_settle(struct emu_region *r, uint64_t gfn); /* after that, and after it was published */
 void emu_aside_free(struct emu_region *r);
 #define EMU_STAMP_SWAP 65535
 
@@ -354,6 +357,7 @@ static inline void emu_gate_uncharge(struct emu_region *r, int64_t frames)
 	if (frames && atomic_load_explicit(&r->gate, memory_order_acquire))
 		emu_gate_uncharge_slow(r, frames);
 }
+void emu_gate_parked(struct emu_region *r, uint64_t ns, bool in_vain); /* a charge that waited elsewhere: how long */
 void emu_gate_detach(struct emu_region *r);
 
 /* access.c */
@@ -373,7 +377,7 @@ static inline void emu_access_leave(struct emu_region *r)
 }
 static inline void emu_access_note(struct emu_region *r, uint64_t gfn, uint64_t count, bool write)
 {
-	if (emu_thread.access_slot)
+	if (atomic_load_explicit(&r->access, memory_order_acquire)) /* also if it was switched on during this call */
 		emu_access_note_slow(r, gfn, count, write);
 }
 void emu_access_free(struct emu_region *r);

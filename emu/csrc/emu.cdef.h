@@ -112,7 +112,7 @@ struct emu_store_options { uint64_t memory; int fd; uint64_t file; uint32_t read
 struct emu_store_info {
 	int64_t pages, same, raw, object_bytes, pool_bytes, pool_resident, file_bytes; int error; int lz4;
 };
-struct emu_gate_slot { int64_t charged, throttled, throttled_ns, failed; ...; };
+struct emu_gate_slot { int64_t charged, stock, throttled, throttled_ns, failed; ...; };
 struct emu_gate { int64_t max, peak; ...; };
 struct emu_memmap_stats {
 	int64_t nr_owner[...]; int64_t nr_lru[...]; int64_t nr_mapped, nonresident_age; uint16_t gen;

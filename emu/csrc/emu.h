@@ -190,11 +190,12 @@ int emu_swapd_drain(struct emu_region *r); /* until it has done what it was aske
 
 #define EMU_GATE_SLOTS 64
 struct emu_gate_slot {
-	int64_t charged;   /* frames; what of it is stock, taken and not yet used, is a region's own business */
+	int64_t charged;   /* frames */
+	int64_t stock;     /* of those, not yet used: the region's to take, and anybody's who waits */
 	int64_t throttled; /* charges that had to wait */
 	int64_t throttled_ns;
 	int64_t failed; /* those that waited in vain */
-	uint64_t pad[4];
+	uint64_t pad[3];
 };
 struct emu_gate {
 	uint64_t magic;

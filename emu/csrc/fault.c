@@ -139,8 +139,11 @@ static void claim_around(struct emu_region *r, uint64_t gfn, uint64_t *first, ui
 	}
 }
 
-/* Returns 0 when the access may be tried again, else -errno: it can't succeed. */
-int emu_fault_resolve(struct emu_region *r, uint64_t gfn, bool write)
+/*
+ * Returns 0 when the access may be tried again, else -errno: it can't succeed. how: whether a charge may wait at the gate
+ * (EMU_GATE_WAIT), or -EAGAIN is wanted then (EMU_GATE_TRY).
+ */
+int emu_fault_resolve(struct emu_region *r, uint64_t gfn, bool write, int how)
 {
 	for (;;) {
 		uint8_t state = emu_state_load(r, gfn);
@@ -168,7 +171,9 @@ int emu_fault_resolve(struct emu_region *r, uint64_t gfn, bool write)
 		}
 		/* before the frame is claimed: who waits for memory holds nothing that who frees some may wait for */
 		charged = state == EMU_ZERO || state == EMU_PRESERVED;
-		if (charged && (err = emu_gate_charge(r, 1, EMU_GATE_WAIT))) {
+		if (charged && (err = emu_gate_charge(r, 1, how))) {
+			if (how == EMU_GATE_TRY)
+				return -EAGAIN;
 			emu_stat_add(r, EMU_STAT_pgfault_failed, 1);
 			return err;
 		}
@@ -205,6 +210,22 @@ int emu_fault_resolve(struct emu_region *r, uint64_t gfn, bool write)
 	}
 }
 
+/*
+ * With the thread service, a frame without content raised a signal: a marker is left from when its page couldn't be had
+ * (service.c, refuse), or from a page that was given back since.  Without it the access is the service's again.
+ */
+void emu_fault_unmark(struct emu_region *r, uint64_t gfn)
+{
+	const uint8_t state = emu_state_load(r, gfn);
+
+	if ((state != EMU_ZERO && state != EMU_LAZY) || !emu_state_try(r, gfn, state, EMU_BUSY))
+		return;
+	madvise(emu_frame(r, gfn), EMU_FRAME_SIZE, MADV_DONTNEED);
+	emu_find(r, gfn, 1);
+	emu_state_publish(r, gfn, state);
+	emu_state_wake(r, gfn, 1);
+}
+
 /* A frame that is about to be wholly overwritten, and whose content isn't missed: DISCARDED -> ZERO. */
 void emu_fault_forget(struct emu_region *r, uint64_t gfn)
 {
@@ -225,21 +246,32 @@ void emu_fault_forget(struct emu_region *r, uint64_t gfn)
  */
 int64_t emu_fault_install(struct emu_region *r, uint64_t gfn, uint64_t count, const void *src)
 {
-	const int64_t most = (int64_t)(count < EMU_BLOCK_FRAMES ? count : EMU_BLOCK_FRAMES);
-	uint64_t n, done;
+	const uint64_t most = count < EMU_BLOCK_FRAMES ? count : EMU_BLOCK_FRAMES;
+	uint64_t want = 0, n, done;
 	int err;
 
 	if (r->uffd < 0)
 		return 0;
-	err = emu_gate_charge(r, most, EMU_GATE_WAIT);
-	if (err)
-		return err;
-	n = emu_state_claim(r, gfn, (uint64_t)most, EMU_ZERO);
-	emu_gate_uncharge(r, most - (int64_t)n);
+	if (!atomic_load_explicit(&r->gate, memory_order_acquire)) {
+		want = most;
+	} else {
+		while (want < most && emu_state_load(r, gfn + want) == EMU_ZERO)
+			want++;
+		/* all of them if there is room; else one by one, waiting */
+		if (want && emu_gate_charge(r, (int64_t)want, EMU_GATE_TRY)) {
+			want = 1;
+			err = emu_gate_charge(r, 1, EMU_GATE_WAIT);
+			if (err)
+				return err;
+		}
+	}
+	n = want ? emu_state_claim(r, gfn, want, EMU_ZERO) : 0;
+	emu_gate_uncharge(r, (int64_t)(want - n));
 	if (!n)
 		return 0;
 	err = emu_fault_fill(r, gfn, n, EMU_ZERO, true, src, &done);
-	emu_gate_uncharge(r, (int64_t)(n - done));
+	/* EEXIST: that one has a page, if not ours, and is RESIDENT */
+	emu_gate_uncharge(r, (int64_t)(n - done) - (err == -EEXIST));
 	if (r->service == EMU_SERVICE_THREAD)
 		emu_uffd_wake(r->uffd, (uintptr_t)emu_frame(r, gfn), n << EMU_FRAME_SHIFT);
 	return done || err == -EEXIST ? (int64_t)done : err;

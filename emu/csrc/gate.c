@@ -12,12 +12,13 @@
  * killed between any two instructions leaves a slot that says what it had, or a little more: the host zeroes it.
  *
  * Summing 64 slots at each fault would cost more than the fault's own atomics, so a region keeps up to 2 * STOCK frames of
- * stock, charged and not used (memcg's MEMCG_CHARGE_BATCH).  Stock counts as charged, so max is exact, and used memory may
- * be below it by that much.
+ * stock, charged and not used (memcg's MEMCG_CHARGE_BATCH).  Stock counts as charged, so max is exact; it lies in the slot,
+ * too, so that who waits may give back an idle guest's.
  *
  * What is charged: frames with a page of the host's (emu_state_held(): the shared zero page among them, since a write
  * makes it a page without a fault), copies left aside, the store's pool.  Forced charges - a page coming back from aside
- * needs a copy for a moment, the pool grows so that more pages can go - may go over max, by EMU_STALE_RING frames and a slab.
+ * needs a copy for a moment, the pool grows so that more pages can go, pages are copied on their way aside where they can't
+ * be moved - may go over max, by some tens of frames a running thread.
  *
  * Who waits kicks the region's own swap worker, if there is one, and sleeps until somebody gives back.  Nobody who waits
  * holds a BUSY frame or a lock (fault.c).  After the deadline the access fails with ENOMEM: what memcg would do by its
@@ -85,7 +86,8 @@ int64_t emu_gate_slot_read(struct emu_gate *g, int slot, struct emu_gate_slot *r
 {
 	if (slot < 0 || slot >= EMU_GATE_SLOTS)
 		return -EINVAL;
-	*ret = (struct emu_gate_slot){ .charged = load(&g->slot[slot].charged), .throttled = load(&g->slot[slot].throttled),
+	*ret = (struct emu_gate_slot){ .charged = load(&g->slot[slot].charged), .stock = load(&g->slot[slot].stock),
+		.throttled = load(&g->slot[slot].throttled),
 		.throttled_ns = load(&g->slot[slot].throttled_ns), .failed = load(&g->slot[slot].failed) };
 	return 0;
 }
@@ -96,20 +98,24 @@ int64_t emu_gate_release(struct emu_gate *g, int slot)
 
 	if (slot < 0 || slot >= EMU_GATE_SLOTS)
 		return -EINVAL;
+	__atomic_store_n(&g->slot[slot].stock, 0, __ATOMIC_SEQ_CST);
 	had = __atomic_exchange_n(&g->slot[slot].charged, 0, __ATOMIC_SEQ_CST);
 	gave_back(g);
 	return had;
 }
 
-/* Add to the own slot if that stays within max. */
+/* Add to the own slot if that stays within max. A charge that is in vain is seen by others for a moment, who look again. */
 static bool take(struct emu_gate *g, int64_t *slot, int64_t frames, bool force)
 {
 	int64_t sum, peak = load(&g->peak);
 
+	if (!force && emu_gate_charged(g) + frames > load(&g->max))
+		return false;
 	add(slot, frames);
 	sum = emu_gate_charged(g);
 	if (!force && sum > load(&g->max)) {
 		add(slot, -frames);
+		gave_back(g);
 		return false;
 	}
 	while (sum > peak && !__atomic_compare_exchange_n(&g->peak, &peak, sum, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
@@ -117,28 +123,47 @@ static bool take(struct emu_gate *g, int64_t *slot, int64_t frames, bool force)
 	return true;
 }
 
-static bool from_stock(struct emu_region *r, int64_t frames)
+static bool from_stock(struct emu_gate_slot *slot, int64_t frames)
 {
-	int64_t stock = atomic_load_explicit(&r->gate_stock, memory_order_relaxed);
+	int64_t stock = load(&slot->stock);
 
 	while (stock >= frames)
-		if (atomic_compare_exchange_weak_explicit(&r->gate_stock, &stock, stock - frames, memory_order_relaxed,
-		                                          memory_order_relaxed))
+		if (__atomic_compare_exchange_n(&slot->stock, &stock, stock - frames, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
 			return true;
 	return false;
 }
 
-static bool try_charge(struct emu_region *r, struct emu_gate *g, int64_t frames, bool force)
+/*
+ * Give back everybody's stock: somebody waits.  Whoever takes stock takes it from the slot's charge afterwards; if he is
+ * killed in between, the slot says more than its process has, until that one ends.
+ */
+static void empty_stocks(struct emu_gate *g)
 {
-	int64_t *slot = &g->slot[r->gate_slot].charged;
+	bool any = false;
 
-	if (from_stock(r, frames))
+	for (int i = 0; i < EMU_GATE_SLOTS; i++) {
+		const int64_t stock = load(&g->slot[i].stock) ? __atomic_exchange_n(&g->slot[i].stock, 0, __ATOMIC_SEQ_CST) : 0;
+
+		if (stock)
+			add(&g->slot[i].charged, -stock);
+		any |= stock;
+	}
+	if (any)
+		gave_back(g);
+}
+
+static bool try_charge(struct emu_gate *g, struct emu_gate_slot *slot, int64_t frames, bool force)
+{
+	if (from_stock(slot, frames))
 		return true;
-	if (take(g, slot, frames + STOCK, false)) {
-		atomic_fetch_add_explicit(&r->gate_stock, STOCK, memory_order_relaxed);
+	if (!__atomic_load_n(&g->waiters, __ATOMIC_RELAXED) && take(g, &slot->charged, frames + STOCK, false)) {
+		add(&slot->stock, STOCK);
 		return true;
 	}
-	return take(g, slot, frames, force);
+	if (take(g, &slot->charged, frames, force))
+		return true;
+	empty_stocks(g);
+	return take(g, &slot->charged, frames, force);
 }
 
 /* Wait until somebody gives back, or a while. A charge that fails and then finds no change since `seq` sleeps. */
@@ -151,6 +176,21 @@ static void nap(struct emu_gate *g, uint32_t seq)
 	__atomic_fetch_sub(&g->waiters, 1, __ATOMIC_SEQ_CST);
 }
 
+void emu_gate_parked(struct emu_region *r, uint64_t ns, bool in_vain)
+{
+	struct emu_gate *g = atomic_load_explicit(&r->gate, memory_order_acquire);
+	struct emu_gate_slot *slot;
+
+	if (!g)
+		return;
+	slot = &g->slot[r->gate_slot];
+	add(&slot->throttled, 1);
+	add(&slot->throttled_ns, (int64_t)ns);
+	add(&slot->failed, in_vain);
+	emu_stat_add(r, EMU_STAT_gate_throttled, 1);
+	emu_stat_add(r, EMU_STAT_gate_failed, in_vain);
+}
+
 int emu_gate_charge_slow(struct emu_region *r, int64_t frames, int how)
 {
 	struct emu_gate *g = atomic_load_explicit(&r->gate, memory_order_acquire);
@@ -158,44 +198,40 @@ int emu_gate_charge_slow(struct emu_region *r, int64_t frames, int how)
 	uint64_t begun, deadline;
 	int err = 0;
 
-	if (try_charge(r, g, frames, how == EMU_GATE_FORCE))
+	if (try_charge(g, slot, frames, how == EMU_GATE_FORCE))
 		return 0;
-	if (how == EMU_GATE_TRY)
+	if (how == EMU_GATE_TRY || emu_thread.impatient)
 		return -ENOMEM;
 	begun = emu_now_ns();
 	deadline = begun + (uint64_t)r->gate_deadline_ms * 1000000;
-	add(&slot->throttled, 1);
-	emu_stat_add(r, EMU_STAT_gate_throttled, 1);
 	for (;;) {
 		uint32_t seq = __atomic_load_n(&g->seq, __ATOMIC_SEQ_CST);
 
-		if (try_charge(r, g, frames, false))
+		if (try_charge(g, slot, frames, false))
 			break;
 		if (emu_now_ns() >= deadline || atomic_load(&r->closed)) {
-			add(&slot->failed, 1);
-			emu_stat_add(r, EMU_STAT_gate_failed, 1);
 			err = -ENOMEM;
 			break;
 		}
 		emu_swapd_kick(r, (uint64_t)frames + 2 * STOCK);
 		nap(g, seq);
 	}
-	add(&slot->throttled_ns, (int64_t)(emu_now_ns() - begun));
+	emu_gate_parked(r, emu_now_ns() - begun, err);
 	return err;
 }
 
 void emu_gate_uncharge_slow(struct emu_region *r, int64_t frames)
 {
 	struct emu_gate *g = atomic_load_explicit(&r->gate, memory_order_acquire);
-	int64_t stock = atomic_fetch_add_explicit(&r->gate_stock, frames, memory_order_relaxed) + frames;
+	struct emu_gate_slot *slot = &g->slot[r->gate_slot];
+	int64_t stock = __atomic_add_fetch(&slot->stock, frames, __ATOMIC_SEQ_CST);
 
-	/* what is more than twice the stock goes back, at once if somebody waits for it */
-	while (stock > 2 * STOCK || (stock > 0 && __atomic_load_n(&g->waiters, __ATOMIC_RELAXED))) {
-		int64_t keep = __atomic_load_n(&g->waiters, __ATOMIC_RELAXED) ? 0 : STOCK;
+	/* what is more than twice the stock goes back, or all of it, if somebody waits */
+	while (stock > 2 * STOCK || (stock > 0 && __atomic_load_n(&g->waiters, __ATOMIC_SEQ_CST))) {
+		const int64_t keep = __atomic_load_n(&g->waiters, __ATOMIC_SEQ_CST) ? 0 : STOCK;
 
-		if (atomic_compare_exchange_weak_explicit(&r->gate_stock, &stock, keep, memory_order_relaxed,
-		                                          memory_order_relaxed)) {
-			add(&g->slot[r->gate_slot].charged, keep - stock);
+		if (__atomic_compare_exchange_n(&slot->stock, &stock, keep, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+			add(&slot->charged, keep - stock);
 			gave_back(g);
 			return;
 		}

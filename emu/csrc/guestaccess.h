@@ -199,7 +199,8 @@ static inline void keep_promise(struct emu_guard *guard)
 	const int err = guard->err;
 	const uint64_t bad = guard->gfn;
 
-	if (gfn == EMU_NO_PROMISE)
+	/* nothing was done to a frame that couldn't be served itself: trying again would only wait again (gate.c) */
+	if (gfn == EMU_NO_PROMISE || (gfn == bad && !guard->elsewhere))
 		return;
 	guard->promised = EMU_NO_PROMISE;
 	if (!sigsetjmp(guard->env, EMU_SAVEMASK)) {

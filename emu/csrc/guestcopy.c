@@ -78,6 +78,7 @@ static int copy_armed(struct copy *c)
 	c->guard.region = c->r;
 	emu_access_enter(c->r);
 	c->guard.err = 0;
+	c->guard.elsewhere = false;
 	c->guard.promised = EMU_NO_PROMISE;
 	if (!sigsetjmp(c->guard.env, EMU_SAVEMASK)) {
 		atomic_store_explicit(&emu_thread.guard, &c->guard, memory_order_relaxed);

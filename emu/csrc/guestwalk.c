@@ -182,6 +182,7 @@ int emu_guest_walk(struct emu_walk *w)
 	w->guard.region = w->r;
 	emu_access_enter(w->r);
 	w->guard.err = 0;
+	w->guard.elsewhere = false;
 	w->done = 0;
 	w->guard.promised = EMU_NO_PROMISE;
 	if (!sigsetjmp(w->guard.env, EMU_SAVEMASK)) {

@@ -80,7 +80,7 @@ static const struct {
 struct batch {
 	struct emu_region *r;
 	enum verb verb;
-	int stamp;      /* of ASIDE_DROP and ASIDE_EVICT: -1 = any */
+	int stamp;      /* of ASIDE_DROP and ASIDE_EVICT: -1 = any but the swapper's */
 	int64_t taken;  /* frames that held memory, over all batches */
 	size_t runs;
 	uint64_t frames;
@@ -207,6 +207,14 @@ static int flush(struct batch *b)
 	return err;
 }
 
+/* What the swapper has set aside (swap.c) isn't anybody else's to drop: the guest has never given it up. */
+static bool stamp_fits(const struct batch *b, uint64_t gfn)
+{
+	const int stamp = emu_aside_stamp(b->r, gfn);
+
+	return b->stamp < 0 ? stamp != EMU_STAMP_SWAP : stamp == b->stamp;
+}
+
 static int gather(struct batch *b, uint64_t gfn, uint64_t end)
 {
 	struct emu_region *r = b->r;
@@ -247,7 +255,8 @@ static int gather(struct batch *b, uint64_t gfn, uint64_t end)
 			continue;
 		}
 		at = state == EMU_ASIDE ? emu_side(r, gfn) : emu_frame(r, gfn);
-		joins = b->runs && (uint8_t *)b->run[b->runs - 1].iov_base + b->run[b->runs - 1].iov_len == at;
+		joins = b->runs && emu_in_side(r, b->run[b->runs - 1].iov_base) == (state == EMU_ASIDE) &&
+		        (uint8_t *)b->run[b->runs - 1].iov_base + b->run[b->runs - 1].iov_len == at;
 		if (b->frames >= most_frames || (b->runs >= most_runs && !joins)) {
 			err = flush(b);
 			if (err)
@@ -258,10 +267,10 @@ static int gather(struct batch *b, uint64_t gfn, uint64_t end)
 		n = emu_state_claim(r, gfn, end - gfn < n ? end - gfn : n, state);
 		if (!n)
 			continue;
-		if (b->stamp >= 0) {
+		if (b->verb == ASIDE_DROP || b->verb == ASIDE_EVICT) {
 			const uint64_t claimed = n;
 
-			for (n = 0; n < claimed && emu_aside_stamp(r, gfn + n) == b->stamp; n++)
+			for (n = 0; n < claimed && stamp_fits(b, gfn + n); n++)
 				;
 			if (n < claimed) {
 				emu_state_publish_run(r, gfn + n, claimed - n, EMU_ASIDE);
@@ -341,6 +350,8 @@ int64_t emu_unpoison(struct emu_region *r, const struct emu_range *ranges, size_
 
 int64_t emu_aside_drop(struct emu_region *r, const struct emu_range *ranges, size_t n, int stamp, int evict)
 {
+	if (stamp > EMU_STAMP_MAX)
+		return -EINVAL;
 	if (evict && !emu_can_lose(r))
 		return -EOPNOTSUPP;
 	return reclaim(r, ranges, n, evict ? ASIDE_EVICT : ASIDE_DROP, stamp);

@@ -282,9 +282,9 @@ int emu_region_close(struct emu_region *r)
 	}
 	while ((calls = atomic_load(&r->calls)))
 		emu_futex(&r->calls, FUTEX_WAIT, calls);
+	emu_swapd_stop(r); /* the calls are done, and nobody waits at the gate any more for what it would free */
 	emu_service_stop(r);
 	registry_remove(r);
-	emu_swapd_stop(r); /* not before: a call that waited at the gate needed it */
 	if (r->uffd >= 0)
 		emu_uffd_unregister(r->uffd, (uintptr_t)r->base, r->frames << EMU_FRAME_SHIFT);
 	emu_swap_free(r);

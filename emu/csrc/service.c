@@ -28,9 +28,11 @@
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #define BATCH 64
+#define PARKED_MS 2 /* between two tries to have memory for who waits for it */
 
 struct fault {
 	uint64_t gfn;
@@ -42,6 +44,20 @@ static int by_gfn(const void *a, const void *b)
 	const struct fault *x = a, *y = b;
 
 	return x->gfn < y->gfn ? -1 : x->gfn > y->gfn;
+}
+
+/* A frame without a page: an access fails, but what it holds, or will, isn't lost. */
+static void mark_missing(struct emu_region *r, uint64_t gfn)
+{
+	const uint8_t state = emu_state_load(r, gfn);
+
+	if (!emu_state_missing(state) || !emu_state_try(r, gfn, state, EMU_BUSY)) {
+		emu_uffd_wake(r->uffd, (uintptr_t)emu_frame(r, gfn), EMU_FRAME_SIZE); /* it has changed: the access tells */
+		return;
+	}
+	emu_lose(r, gfn, 1);
+	emu_state_publish(r, gfn, state);
+	emu_state_wake(r, gfn, 1);
 }
 
 /* What is missing in [gfn, gfn + count) and can't be had: from now on accesses to it fail. */
@@ -58,13 +74,8 @@ void emu_service_refuse(struct emu_region *r, uint64_t gfn, uint64_t count)
 			continue;
 		}
 		if (state == EMU_ASIDE || state == EMU_PRESERVED) {
-			/* Its content exists: a marker makes the access a signal, and the handler tries again, then tells. */
-			if (emu_state_try(r, gfn, state, EMU_BUSY)) {
-				emu_lose(r, gfn, 1);
-				emu_state_publish(r, gfn, state);
-				emu_state_wake(r, gfn, 1);
-				gfn++;
-			}
+			/* its content exists: a marker makes the access a signal, and the handler tries again, then tells */
+			mark_missing(r, gfn++);
 			continue;
 		}
 		if (state != EMU_ZERO && state != EMU_LAZY) {
@@ -99,7 +110,8 @@ static void stray(struct emu_region *r, uint64_t addr)
 	emu_uffd_wake(r->uffd, addr, EMU_FRAME_SIZE);
 }
 
-static void serve_one(struct emu_region *r, uint64_t gfn, bool write)
+/* Returns false if there is no room for the page within the budget now: then its sleeper sleeps on. */
+static bool serve_one(struct emu_region *r, uint64_t gfn, bool write)
 {
 	uint8_t state = emu_state_load(r, gfn);
 
@@ -113,12 +125,66 @@ static void serve_one(struct emu_region *r, uint64_t gfn, bool write)
 			emu_state_wake(r, gfn, 1);
 		}
 	}
-	else if (emu_fault_resolve(r, gfn, write))
-		emu_service_refuse(r, gfn, 1);
+	else {
+		int err = emu_fault_resolve(r, gfn, write, EMU_GATE_TRY);
+
+		if (err == -EAGAIN)
+			return false;
+		if (err)
+			emu_service_refuse(r, gfn, 1);
+	}
 	emu_uffd_wake(r->uffd, (uintptr_t)emu_frame(r, gfn), EMU_FRAME_SIZE);
+	return true;
 }
 
-static void serve(struct emu_region *r, struct fault *faults, size_t n)
+/*
+ * Faults that wait for memory within the budget (gate.c), while others are served: a page that comes back from aside needs
+ * none.  After the deadline a marker is put there, and the frame stays ZERO: the access becomes a signal, the handler tries
+ * once more, and it fails with ENOMEM.
+ */
+struct parked {
+	struct fault fault;
+	uint64_t since;
+};
+enum { PARKED = 1024 }; /* more threads than that don't fault at once; if they do, they go first come, first served */
+struct parking {
+	size_t n;
+	struct parked slot[PARKED];
+};
+
+/* Tries them again, in the order in which they came; whether one has gone. */
+static bool unpark(struct emu_region *r, struct parking *p)
+{
+	size_t kept = 0, before = p->n;
+
+	for (size_t i = 0; i < p->n; i++) {
+		const struct parked parked = p->slot[i];
+		const uint64_t waited = emu_now_ns() - parked.since;
+		bool late = waited > (uint64_t)r->gate_deadline_ms * 1000000 || atomic_load(&r->closed);
+
+		if (serve_one(r, parked.fault.gfn, parked.fault.write)) {
+			emu_gate_parked(r, waited, false);
+		} else if (late) {
+			mark_missing(r, parked.fault.gfn);
+			emu_gate_parked(r, waited, true);
+		} else {
+			p->slot[kept++] = parked;
+			emu_swapd_kick(r, 64);
+		}
+	}
+	p->n = kept;
+	return kept < before;
+}
+
+static void park(struct emu_region *r, struct parking *p, struct fault fault)
+{
+	while (p->n == PARKED && !unpark(r, p))
+		nanosleep(&(struct timespec){ .tv_nsec = 1000000 }, NULL);
+	p->slot[p->n++] = (struct parked){ fault, emu_now_ns() };
+	emu_swapd_kick(r, 64);
+}
+
+static void serve(struct emu_region *r, struct parking *parking, struct fault *faults, size_t n)
 {
 	size_t kept = 0;
 
@@ -144,7 +210,8 @@ static void serve(struct emu_region *r, struct fault *faults, size_t n)
 			run++;
 		}
 		if (!run) {
-			serve_one(r, faults[i].gfn, faults[i].write);
+			if (!serve_one(r, faults[i].gfn, faults[i].write))
+				park(r, parking, faults[i]);
 			i++;
 			continue;
 		}
@@ -157,12 +224,13 @@ static void serve(struct emu_region *r, struct fault *faults, size_t n)
 			emu_uffd_wake(r->uffd, (uintptr_t)emu_frame(r, faults[i].gfn), done << EMU_FRAME_SHIFT);
 		/* what failed is ZERO again: once more, each for itself, and refuse what can't be had */
 		for (i += done, run -= done; run; i++, run--)
-			serve_one(r, faults[i].gfn, faults[i].write);
+			if (!serve_one(r, faults[i].gfn, faults[i].write))
+				park(r, parking, faults[i]);
 	}
 }
 
 /* Returns 0 when there is nothing more to read, else -errno. */
-static int drain(struct emu_region *r)
+static int drain(struct emu_region *r, struct parking *parking)
 {
 	struct uffd_msg msgs[BATCH];
 	struct fault faults[BATCH];
@@ -193,7 +261,7 @@ static int drain(struct emu_region *r)
 		}
 		emu_stat_add(r, EMU_STAT_service_batches, 1);
 		emu_stat_add(r, EMU_STAT_service_messages, (int64_t)n);
-		serve(r, faults, n);
+		serve(r, parking, faults, n);
 	}
 }
 
@@ -210,19 +278,23 @@ static void *service(void *arg)
 {
 	struct emu_region *r = arg;
 	struct pollfd fds[2] = { { .fd = r->uffd, .events = POLLIN }, { .fd = r->stop_fd, .events = POLLIN } };
+	struct parking parking;
 	int err = 0;
 
+	parking.n = 0;
 	while (!err) {
-		if (poll(fds, 2, -1) < 0) {
+		if (poll(fds, 2, parking.n ? PARKED_MS : -1) < 0) {
 			err = errno == EINTR ? 0 : errno;
 			continue;
 		}
 		if (fds[0].revents & (POLLERR | POLLHUP | POLLNVAL))
 			err = EBADF;
 		else if (fds[0].revents & POLLIN)
-			err = -drain(r);
-		else if (fds[1].revents) /* stop only when no fault is waiting */
+			err = -drain(r, &parking);
+		else if (fds[1].revents && !parking.n) /* stop only when no fault is waiting */
 			return NULL;
+		if (parking.n)
+			unpark(r, &parking);
 	}
 	emu_service_die(r, err);
 	return NULL;

@@ -324,6 +324,7 @@ static bool loops(uint64_t addr)
 static int serve(struct emu_region *r, uint64_t addr, uint64_t gfn, const siginfo_t *si, const ucontext_t *uc)
 {
 	uint8_t state = emu_state_load(r, gfn);
+	int err;
 
 	if (si->si_code == BUS_MCEERR_AR || si->si_code == BUS_MCEERR_AO)
 		return -EFAULT; /* the host's memory failed: nothing to install */
@@ -339,10 +340,15 @@ static int serve(struct emu_region *r, uint64_t addr, uint64_t gfn, const siginf
 	 */
 	if (r->service == EMU_SERVICE_INLINE || state == EMU_LOST || state == EMU_DISCARDED || state == EMU_ASIDE ||
 	    state == EMU_PRESERVED)
-		return emu_fault_resolve(r, gfn, is_write(uc));
-	if (state == EMU_BUSY)
+		return emu_fault_resolve(r, gfn, is_write(uc), EMU_GATE_WAIT);
+	if (state == EMU_BUSY) {
 		emu_state_wait(r, gfn);
-	return 0;
+		return 0;
+	}
+	/* ZERO or LAZY: the service had no memory for it in time, or somebody has given it back since. Once more, now. */
+	emu_fault_unmark(r, gfn);
+	err = emu_fault_resolve(r, gfn, is_write(uc), EMU_GATE_TRY);
+	return err == -EAGAIN ? -ENOMEM : err;
 }
 
 static void on_sigbus(int sig, siginfo_t *si, void *context)
@@ -378,6 +384,7 @@ static void on_sigbus(int sig, siginfo_t *si, void *context)
 			if (guard) {
 				guard->err = err;
 				guard->gfn = gfn;
+				guard->elsewhere = r != guard->region;
 				errno = saved_errno;
 				siglongjmp(guard->env, 1);
 			}

@@ -13,7 +13,7 @@
  * A checksum stands over each object's stored bytes and over whose they are (the frame, and how often the store had
  * counted up by then): what a disk has mixed up, or an older page at the same place, doesn't pass.
  *
- * The lock is held for list and bitmap work alone, by nobody who touches guest memory; so the SIGBUS handler, which frees
+ * The lock is held for lists and the search for blocks (the longer, the fuller the file), by nobody who touches guest memory; so the SIGBUS handler, which frees
  * slots, never interrupts its holder by a guest's fault.  It is a futex (U. Drepper, "Futexes are tricky", mutex 2).
  */
 #define _GNU_SOURCE
@@ -218,7 +218,8 @@ int emu_store_put(struct emu_store *s, const void *bytes, uint16_t len, struct e
 	return 0;
 }
 
-static void put_back(struct emu_store *s, uint64_t at)
+/* Returns the slab that is empty now, or NONE. */
+static uint32_t put_back(struct emu_store *s, uint64_t at)
 {
 	const uint32_t i = (uint32_t)(at / SLAB);
 	struct slab *slab = &s->slab[i];
@@ -229,14 +230,22 @@ static void put_back(struct emu_store *s, uint64_t at)
 	if (slab->used-- == SLAB / size)
 		link_slab(s, i);
 	if (slab->used)
-		return;
+		return NONE;
 	unlink_slab(s, i);
-	madvise(s->pool + (uint64_t)i * SLAB, SLAB, MADV_DONTNEED);
-	slab->next = s->free_slab;
-	s->free_slab = i;
 	s->slabs_used--;
+	return i;
+}
+
+/* A slab that is on no list: its memory goes back, and it may be begun again. Not under the lock: it takes its time. */
+static void free_slab(struct emu_store *s, uint32_t i)
+{
+	madvise(s->pool + (uint64_t)i * SLAB, SLAB, MADV_DONTNEED);
 	emu_stat_add(s->r, EMU_STAT_pool_frames, -SLAB_FRAMES);
 	emu_gate_uncharge(s->r, SLAB_FRAMES);
+	lock(s);
+	s->slab[i].next = s->free_slab;
+	s->free_slab = i;
+	unlock(s);
 }
 
 const uint8_t *emu_store_bytes(struct emu_store *s, const struct emu_slot *slot)
@@ -332,6 +341,8 @@ int emu_store_read(struct emu_store *s, uint64_t at, uint32_t bytes, void *buffe
 
 void emu_store_free(struct emu_store *s, const struct emu_slot *slot)
 {
+	uint32_t empty = NONE;
+
 	atomic_fetch_sub(&s->pages, 1);
 	if (slot->kind == EMU_SLOT_SAME) {
 		atomic_fetch_sub(&s->same, 1);
@@ -342,10 +353,12 @@ void emu_store_free(struct emu_store *s, const struct emu_slot *slot)
 	atomic_fetch_sub(&s->object_bytes, slot->len);
 	lock(s);
 	if (slot->kind == EMU_SLOT_MEMORY)
-		put_back(s, slot->at);
+		empty = put_back(s, slot->at);
 	else
 		give_up(s, slot->at / EMU_FRAME_SIZE - slot->extent, 1);
 	unlock(s);
+	if (empty != NONE)
+		free_slab(s, empty);
 }
 
 /* Called when a slot is kept. */

@@ -259,6 +259,7 @@ static int64_t store_group(struct out *o, uint64_t gfn, uint32_t n, uint32_t *lo
 		write_pending(o, 0, o->pending);
 	for (uint32_t first = 0, end; first < n; first = end) {
 		const bool goes = first < *looked && o->stored[first] > 0;
+		bool left;
 
 		for (end = first + 1; end < n && goes == (end < *looked && o->stored[end] > 0); end++)
 			;
@@ -275,20 +276,37 @@ static int64_t store_group(struct out *o, uint64_t gfn, uint32_t n, uint32_t *lo
 			emu_stat_add(r, EMU_STAT_swap_raw, o->slot[k].len == EMU_FRAME_SIZE);
 		}
 		/* refused (locked memory?): the copies stay aside, and count */
-		if (madvise(emu_side(r, gfn + first), (uint64_t)(end - first) << EMU_FRAME_SHIFT, MADV_DONTNEED))
+		left = madvise(emu_side(r, gfn + first), (uint64_t)(end - first) << EMU_FRAME_SHIFT, MADV_DONTNEED);
+		if (left)
 			for (uint32_t k = first; k < end; k++) {
 				emu_gate_charge(r, 1, EMU_GATE_FORCE);
 				emu_aside_left(r, gfn + k);
 			}
 		emu_state_publish_run(r, gfn + first, end - first, EMU_PRESERVED);
 		emu_state_moved(r, EMU_ASIDE, EMU_PRESERVED, end - first);
+		for (uint32_t k = first; left && k < end; k++)
+			emu_aside_settle(r, gfn + k);
 		went += end - first;
 	}
 	emu_state_wake(r, gfn, n);
 	return went;
 }
 
-/* What is aside of [gfn, end) into the store. Returns how many frames went; *err: why not the others. */
+/* Of n frames that are BUSY from ASIDE: how many, from the first on, this file has set aside; the others are let go. */
+static uint32_t ours(struct emu_region *r, uint64_t gfn, uint32_t n)
+{
+	uint32_t own = 0;
+
+	while (own < n && emu_aside_stamp(r, gfn + own) == EMU_STAMP_SWAP)
+		own++;
+	if (own < n) {
+		emu_state_publish_run(r, gfn + own, n - own, EMU_ASIDE);
+		emu_state_wake(r, gfn + own, n - own);
+	}
+	return own;
+}
+
+/* What was set aside for this of [gfn, end) into the store. Returns how many frames went; *err: why not the others. */
 static int64_t store_range(struct out *o, uint64_t gfn, uint64_t end, int *err)
 {
 	struct emu_region *r = o->r;
@@ -302,12 +320,15 @@ static int64_t store_range(struct out *o, uint64_t gfn, uint64_t end, int *err)
 			emu_state_wait(r, gfn);
 			continue;
 		}
-		n = state == EMU_ASIDE ? (uint32_t)emu_state_claim(r, gfn, end - gfn < GROUP ? end - gfn : GROUP, EMU_ASIDE) : 0;
-		if (!n) {
-			if (state != EMU_ASIDE) {
-				emu_stat_add(r, EMU_STAT_swap_cancelled, state == EMU_RESIDENT);
-				gfn++;
-			}
+		if (state != EMU_ASIDE) {
+			emu_stat_add(r, EMU_STAT_swap_cancelled, state == EMU_RESIDENT);
+			gfn++;
+			continue;
+		}
+		n = (uint32_t)emu_state_claim(r, gfn, end - gfn < GROUP ? end - gfn : GROUP, EMU_ASIDE);
+		n = ours(r, gfn, n);
+		if (!n) { /* set aside by somebody else, who drops it in time */
+			gfn++;
 			continue;
 		}
 		went += store_group(o, gfn, n, &looked, err);
@@ -424,6 +445,11 @@ static int unpack(struct emu_swap *sw, const struct emu_slot *slot, uint64_t gfn
 	return 0;
 }
 
+static uint64_t block_up(uint64_t at)
+{
+	return (at + EMU_FRAME_SIZE - 1) & ~(uint64_t)(EMU_FRAME_SIZE - 1);
+}
+
 /* Pages of frames [gfn, gfn + n), all BUSY, into the buffer: how many, from the first on; *err: why not the next. */
 static uint32_t load_pages(struct emu_swap *sw, uint64_t gfn, uint32_t n, struct buffer *b, int *err)
 {
@@ -438,15 +464,20 @@ static uint32_t load_pages(struct emu_swap *sw, uint64_t gfn, uint32_t n, struct
 			bytes = emu_store_bytes(sw->store, slot);
 		if (slot->kind == EMU_SLOT_FILE && (slot->at < have || slot->at + slot->len > have_end)) {
 			/* from here to the last of the next ones that was written with it, whole blocks */
-			uint64_t end = slot->at + slot->len;
+			const uint64_t own_end = slot->at + slot->len;
+			uint64_t end = own_end;
 
 			have = slot->at & ~(uint64_t)(EMU_FRAME_SIZE - 1);
 			for (uint32_t k = i + 1; k < n && sw->slot[gfn + k].kind == EMU_SLOT_FILE && sw->slot[gfn + k].at == end; k++)
 				end += sw->slot[gfn + k].len;
-			have_end = (end + EMU_FRAME_SIZE - 1) & ~(uint64_t)(EMU_FRAME_SIZE - 1);
-			if (have_end - have > sizeof(b->file))
-				have_end = have + sizeof(b->file);
+			if (end - have > sizeof(b->file))
+				end = have + sizeof(b->file);
+			have_end = block_up(end);
 			*err = emu_store_read(sw->store, have, (uint32_t)(have_end - have), b->file);
+			if (*err && end > own_end) { /* a neighbour's blocks, perhaps: its own alone */
+				have_end = block_up(own_end);
+				*err = emu_store_read(sw->store, have, (uint32_t)(have_end - have), b->file);
+			}
 		}
 		if (slot->kind == EMU_SLOT_FILE)
 			bytes = b->file + (slot->at - have);

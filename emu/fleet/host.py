@@ -254,8 +254,8 @@ class _Host:
         frames.limit = guest.frames.limit
         guest.frames = frames
         guest.can = frozenset(Request(name) for name in message.can)
-        self.selector.modify(conn, selectors.EVENT_READ, lambda: self._read(guest))
-        self._read(guest)
+        # read by the tick from now on, and not whenever there is something: so that a flood finds no open door
+        self.selector.unregister(conn)
 
     def _read(self, guest: _Guest, *, everything: bool = False) -> None:
         # so many messages a tick: who sends more waits in his own socket
@@ -284,7 +284,6 @@ class _Host:
 
     def _hang_up(self, guest: _Guest) -> None:
         if guest.conn is not None:
-            self.selector.unregister(guest.conn)
             guest.conn.close()
             guest.conn = None
 
@@ -467,19 +466,13 @@ class _Host:
                 guest.process.wait()
                 os.close(guest.pidfd)
                 guest.dead = True
-            self._hang_up_quietly(guest)
+            self._hang_up(guest)
         for conn in self.strangers:
             conn.close()
         self.selector.close()
         self.listener.close()
         os.close(self.place)
         self.gate.close()
-
-    @staticmethod
-    def _hang_up_quietly(guest: _Guest) -> None:
-        if guest.conn is not None:
-            guest.conn.close()
-            guest.conn = None
 
     def finish(self) -> FleetResult:
         result, budget = self.result, self.budget

@@ -153,7 +153,7 @@ def _decode(body: bytes, expected: int) -> Message:
     if not isinstance(raw, dict):
         raise Bad("malformed", "not an object")
     version, number = raw.pop("v", None), raw.pop("n", None)
-    if version is not VERSION and version != VERSION:
+    if type(version) is not int or version != VERSION:
         raise Bad("version", f"{version!r}, and this is {VERSION}")
     if type(number) is not int or number != expected:
         raise Bad("replayed", f"message {number!r} where {expected} was due")

@@ -7,6 +7,7 @@ Two kinds of batch. What the guest has given up (free memory) reads as zero once
 calls its own (clean page cache) is evicted: an access is a discard fault, and the guest reads the page again.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +37,8 @@ class Aside:
         self._timers = timers
         self._now = now
         self._batches: deque[_Batch] = deque()
-        self._next = 0
+        self._stamps = itertools.cycle(range(_STAMPS))
+        self._in_use: set[int] = set()
         #: frames that went aside, and of those that were dropped, and evicted
         self.taken = self.dropped = self.evicted = 0
 
@@ -44,10 +46,11 @@ class Aside:
         """Set frames aside; return how many had a page of their own. keep: seconds; None: until memory is wanted."""
         if len(self._batches) == _STAMPS:  # so many at once: the oldest gives its stamp up
             self._drop(self._batches.popleft())
-        stamp, self._next = self._next, (self._next + 1) % _STAMPS
+        stamp = next(s for s in self._stamps if s not in self._in_use)
         taken = self._ram.set_aside(ranges, stamp)
         if not taken:
             return 0
+        self._in_use.add(stamp)
         self.taken += taken
         batch = _Batch(self._now(), stamp, ranges, evict)
         self._batches.append(batch)
@@ -62,6 +65,7 @@ class Aside:
             self._drop(batch)
 
     def _drop(self, batch: _Batch) -> int:
+        self._in_use.discard(batch.stamp)
         frames = self._ram.drop_aside(batch.ranges, batch.stamp, evict=batch.evict)
         if batch.evict:
             self.evicted += frames

@@ -225,7 +225,7 @@ class Budget:
                 continue
             for request in line.requests:
                 asks += self._ask(now, request, line.level, total, guests)
-            if not all(self._tried(request, guests) for request in line.requests):
+            if not all(self._tried(now, request, guests) for request in line.requests):
                 break  # the next line waits for this one
         return asks
 
@@ -245,8 +245,11 @@ class Budget:
                 if request is Request.EPOCH:
                     guest.age = self.oldest
 
-    def _tried(self, request: Request, guests: Sequence[GuestView]) -> bool:
-        return all(request in self._guests[view.name].tried for view in guests if request in view.can)
+    def _tried(self, now: float, request: Request, guests: Sequence[GuestView]) -> bool:
+        able = [self._guests[view.name] for view in guests if request in view.can]
+        if request is Request.PURGE:  # not long ago counts, also if there was a calm in between: nothing has grown back
+            return all(now - guest.purged < self._again and request not in guest.pending for guest in able)
+        return all(request in guest.tried for guest in able)
 
     def _ask(self, now: float, request: Request, level: Level, total: int, guests: Sequence[GuestView]) -> list[Ask]:
         able = [view for view in guests if request in view.can]

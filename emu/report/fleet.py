@@ -42,8 +42,8 @@ def _foot(result: FleetResult) -> list[str]:
     verified, corrupt = (sum(getattr(g, f"{what}_frames") for g in result.guests) for what in ("verified", "corrupt"))
     spread = "spread" if settings["spread"] else "at once"
     lines = [
-        f"max {format_size(result.max_bytes)}: most charged at once {mib_text(result.peak_charged_bytes)} MiB, most RSS "
-        f"{mib_text(result.peak_rss_bytes)} MiB (statuses of 0.1 s, added up); "
+        f"max {format_size(result.max_bytes)}: most charged at once {mib_text(result.peak_charged_bytes)} MiB, most "
+        f"RSS {mib_text(result.peak_rss_bytes)} MiB (statuses of 0.1 s, added up); "
         f"{result.rss_byte_seconds / 2**30 / 60:.2f} GiB*min of RSS; swap traffic {mib_text(result.swap_bytes)} MiB; "
         f"{result.seconds:.1f} s",
         f"asked for: {'; '.join(asked) or 'nothing'}",

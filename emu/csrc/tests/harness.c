@@ -184,7 +184,7 @@ void rig_check_books(struct rig *rig)
 		struct emu_gate_slot slot;
 
 		CHECK_EQ(emu_gate_slot_read(g, rig->r->gate_slot, &slot), 0);
-		CHECK_EQ(slot.charged - atomic_load(&rig->r->gate_stock),
+		CHECK_EQ(slot.charged - slot.stock,
 		         n[EMU_ZEROMAP] + n[EMU_RESIDENT] + n[EMU_LAZY] + n[EMU_ASIDE] + rig_stat(rig, "aside_stale") +
 		         rig_stat(rig, "pool_frames"));
 	}

@@ -71,7 +71,8 @@ static int any_order_keeps_true_books(void)
 		uint64_t first = draw(&seed, (*s)->nr_slots), end = first + draw(&seed, 40);
 		struct emu_range runs[8], one = { draw(&seed, FRAMES), 1, first };
 		struct emu_shrink shrink = { .nr_to_scan = draw(&seed, 32), .freed = room, .mapped = mapped };
-		struct emu_aging aging = { (uint16_t)(1 + draw(&seed, 3)), (uint16_t)(1 + draw(&seed, 6)), room, 0, 0, 0 };
+		struct emu_aging aging = { .sink_after = (uint16_t)(1 + draw(&seed, 3)), .free_after = (uint16_t)(1 + draw(&seed, 6)),
+			                   .hand_over = (int)draw(&seed, 2), .most = draw(&seed, 9), .freed = room };
 		size_t n;
 
 		switch (draw(&seed, 12)) {

@@ -230,8 +230,10 @@ static int wrong_bytes_are_never_handed_out(void)
 
 		if (!rig)
 			continue;
-		rig_swap_on(rig, MIB / 16, fd, MIB); /* 15 incompressible pages in the pool, the others in the file */
+		rig_swap_on(rig, MIB / 16, fd, MIB); /* noise goes to the file, and a page that compresses to the pool */
 		CHECK_EQ(rig_run(rig, EMU_FILL, 0, 64, 7, 1, NULL), 0);
+		for (int k = 0; k < 4096; k += 64)
+			CHECK_EQ(emu_guest_write(rig->r, (2 << 12) + (uint64_t)k, "a line that compresses, sixty-four bytes of it, again and again.", 64, &p), 0);
 		CHECK_EQ(rig_run(rig, EMU_SET, 3, 1, 9, 1, NULL), 0);
 		CHECK_EQ(emu_swap_out(rig->r, ALL(64)), 64);
 		CHECK_EQ(emu_swap_corrupt(rig->r, 2, 77), 0);

@@ -1,0 +1,193 @@
+"""The budget: who is asked, when, and in which order."""
+
+import time
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from emu.errors import BadValue
+from emu.host.budget import DEFAULT_ORDER, THREAD_ORDER, Budget, GuestView, Limits, Request, parse_order
+
+MIB = 1 << 20
+ALL = frozenset(Request)
+LIMITS = Limits(800 * MIB, 900 * MIB, 1024 * MIB)
+
+
+def views(*mib, can=ALL):
+    return [GuestView(f"g{i}", size * MIB, can) for i, size in enumerate(mib)]
+
+
+def kinds(asks):
+    return [ask.request for ask in asks]
+
+
+def test_below_low_nobody_is_asked():
+    budget = Budget(LIMITS)
+    assert budget.decide(0.0, views(300, 300, 200)) == []
+    assert budget.decide(10.0, views(800)) == []
+
+
+def test_the_epoch_moves_forward_while_guests_have_less_than_they_were_asked_for():
+    budget = Budget(LIMITS, oldest=64.0, youngest=1.0, period=1.0)
+    ages = []
+    now = 0.0
+    for _ in range(100):
+        now += 0.25
+        for ask in budget.decide(now, views(850)):
+            assert ask.request is Request.EPOCH
+            ages.append(ask.age)
+            budget.answered(ask.guest, ask.request, 0)
+    assert ages[:7] == [64.0, 32.0, 16.0, 8.0, 4.0, 2.0, 1.0]
+    assert set(ages[7:]) == {1.0}
+    # and back when it is over
+    assert budget.decide(now + 1, views(700)) == []
+    (again,) = budget.decide(now + 2, views(850))
+    assert again.age == 64.0
+
+
+def test_steps_are_bounded_and_one_a_period():
+    budget = Budget(LIMITS, step=16 * MIB, period=1.0)
+    sizes = []
+    for tick in range(40):
+        for ask in budget.decide(tick * 0.05, views(250, 250, 250, 100)):
+            sizes.append(ask.size)
+            budget.answered(ask.guest, ask.request, ask.size)
+    assert all(size <= 16 * MIB for size in sizes)
+    assert len(sizes) == 8  # four guests, two periods
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_turns_are_spread_or_not(spread):
+    budget = Budget(LIMITS, spread=spread, period=1.0)
+    at = {}
+    for tick in range(20):
+        now = tick * 0.05
+        for ask in budget.decide(now, views(220, 220, 220, 220)):
+            at.setdefault(ask.guest, now)
+    assert len(at) == 4
+    times = sorted(at.values())
+    assert times == [pytest.approx(x, abs=0.06) for x in ([0, 0.25, 0.5, 0.75] if spread else [0, 0, 0, 0])]
+
+
+def test_no_purge_before_the_epoch_was_tried_and_no_steal_before_the_purges_deadline():
+    budget = Budget(LIMITS, deadline=2.0, period=0.5, spread=False)
+    first, now = {}, 0.0
+    answered_epoch = None
+    while now < 20:
+        now += 0.05
+        for ask in budget.decide(now, views(340, 340, 340)):  # at max from the start
+            first.setdefault(ask.request, now)
+            if ask.request is Request.EPOCH and now > 1.0:  # guests that take their time
+                budget.answered(ask.guest, ask.request, 0)
+                answered_epoch = answered_epoch or now
+    assert first[Request.EPOCH] < first[Request.PURGE] < first[Request.SWAP]
+    # the purge waited until each had answered the epoch, or its deadline was over; the steal until the purge's was
+    assert first[Request.PURGE] >= min(answered_epoch, first[Request.EPOCH] + 2.0)
+    assert first[Request.SWAP] >= first[Request.PURGE] + 2.0
+
+
+def test_a_purge_that_is_answered_is_not_waited_for():
+    budget = Budget(LIMITS, deadline=50.0, spread=True)
+    order, now = [], 0.0
+    for _ in range(100):
+        now += 0.05
+        for ask in budget.decide(now, views(500, 520)):
+            order.append((ask.request, ask.guest))
+            budget.answered(ask.guest, ask.request, 0)
+    first_swap = next(i for i, (request, _) in enumerate(order) if request is Request.SWAP)
+    assert [g for r, g in order[:first_swap] if r is Request.PURGE] == ["g1", "g0"]  # the largest first, one by one
+    assert now < 50
+
+
+def test_the_threads_order_has_purge_and_swap_on_one_level():
+    budget = Budget(LIMITS, THREAD_ORDER, spread=False)
+    asks = budget.decide(0.0, views(480, 480))
+    assert set(kinds(asks)) == {Request.EPOCH}
+    for ask in asks:
+        budget.answered(ask.guest, ask.request, 0)
+    assert set(kinds(budget.decide(0.1, views(480, 480)))) >= {Request.PURGE, Request.SWAP}
+
+
+def test_guests_are_asked_for_what_they_can():
+    budget = Budget(LIMITS)
+    only_swap = views(600, 500, can=frozenset({Request.SWAP}))
+    assert set(kinds(budget.decide(0.0, only_swap))) == {Request.SWAP}
+    nothing = views(600, 500, can=frozenset())
+    assert Budget(LIMITS).decide(0.0, nothing) == []
+
+
+def test_swap_takes_the_largest_first_down_to_high():
+    budget = Budget(LIMITS, step=4096 * MIB)
+    asks = budget.decide(0.0, views(100, 500, 420, can=frozenset({Request.SWAP})))
+    assert [(ask.guest, ask.size) for ask in asks] == [("g1", 120 * MIB)]
+    assert budget.decide(0.1, views(100, 500, 420, can=frozenset({Request.SWAP}))) == []  # it is under way
+
+
+def test_real_pressure_drives_it_too():
+    budget = Budget(LIMITS, stall_low=5.0, stall_high=20.0)
+    assert budget.decide(0.0, views(100)) == []
+    (ask,) = budget.decide(1.0, views(100), stall=6.0)
+    budget.answered(ask.guest, ask.request, 0)
+    assert Request.PURGE in kinds(budget.decide(2.0, views(100), stall=30.0))
+
+
+def test_a_dead_guest_is_forgotten_and_a_late_answer_counts_only():
+    budget = Budget(LIMITS, deadline=1.0, period=1.0)
+    (ask,) = budget.decide(0.0, views(850))
+    budget.decide(2.0, views(850))
+    assert budget.late[Request.EPOCH] == 1
+    budget.answered("g0", ask.request, 5)
+    budget.forget("g0")
+    budget.answered("g0", Request.EPOCH, 7)
+    assert budget.freed[Request.EPOCH] == 12
+
+
+def test_orders_and_limits_that_cant_be():
+    for text in ("", "epoch", "epoch@top", "swap@high>swap@max", "purge@max > epoch@low", "x@low"):
+        with pytest.raises(BadValue):
+            parse_order(text)
+    assert [line.level for line in parse_order(DEFAULT_ORDER)] == ["low", "high", "max"]
+    for low, high, most in ((0, 1, 1), (2, 1, 3), (1, 4, 3)):
+        with pytest.raises(BadValue):
+            Limits(low, high, most)
+    assert Limits.of("1GiB") == Limits((1 << 30) * 8 // 10, (1 << 30) * 9 // 10, 1 << 30)
+    with pytest.raises(BadValue):
+        Budget(LIMITS, step=1)
+    with pytest.raises(BadValue):
+        Budget(LIMITS, oldest=1.0, youngest=2.0)
+
+
+@given(st.data())
+def test_whatever_comes_requests_are_sane(data):
+    """Never more than one of a kind under way with a guest, never a size below a page or above the step, in order always."""
+    step = 32 * MIB
+    budget = Budget(LIMITS, step=step, deadline=1.0, period=0.5, spread=data.draw(st.booleans()))
+    pending, now = {}, 0.0
+    tried_epoch = purged = False
+    for _ in range(data.draw(st.integers(1, 40))):
+        now += data.draw(st.floats(0.01, 1.0))
+        pending = {key: deadline for key, deadline in pending.items() if deadline > now}
+        for ask in budget.decide(now, views(*data.draw(st.lists(st.integers(0, 700), min_size=1, max_size=4)))):
+            assert (ask.guest, ask.request) not in pending
+            assert ask.deadline > now
+            if ask.request is not Request.PURGE:
+                assert 0 < ask.size <= step
+            tried_epoch |= ask.request is Request.EPOCH
+            assert tried_epoch
+            purged |= ask.request is Request.PURGE
+            assert purged or ask.request is not Request.SWAP
+            pending[ask.guest, ask.request] = ask.deadline
+            if data.draw(st.booleans()):
+                budget.answered(ask.guest, ask.request, data.draw(st.integers(0, step)))
+                del pending[ask.guest, ask.request]
+
+
+def test_a_decision_for_64_guests_is_no_scan_of_anything():
+    """It does a few hundred steps; the bench measures it."""
+    budget = Budget(LIMITS)
+    guests = views(*([20] * 64))
+    started = time.perf_counter()
+    for tick in range(20):
+        budget.decide(tick * 0.05, guests)
+    assert time.perf_counter() - started < 5
