@@ -16,6 +16,7 @@
 void touch_write(uint8_t *p, uint64_t pages);
 void touch_write_ahead(uint8_t *p, uint64_t pages);
 void touch_read(const uint8_t *p, uint64_t pages);
+void touch_list(const uint8_t *p, const uint64_t *pages, size_t n);
 int discard(uint8_t *p, const uint64_t *ranges, size_t n);
 
 void touch_write(uint8_t *p, uint64_t pages)
@@ -37,6 +38,12 @@ void touch_read(const uint8_t *p, uint64_t pages)
 {
 	for (uint64_t i = 0; i < pages; i++)
 		(void)*(const volatile uint8_t *)(p + i * PAGE);
+}
+
+void touch_list(const uint8_t *p, const uint64_t *pages, size_t n)
+{
+	for (size_t i = 0; i < n; i++)
+		(void)*(const volatile uint8_t *)(p + pages[i] * PAGE);
 }
 
 /* A madvise a range; a range is (first page, pages, unused). Returns 0 or the errno. */

@@ -254,6 +254,12 @@ class GuestRam(Reclaim):
         """Touch each frame: a load, or an atomic OR of 0, which dirties it and changes nothing."""
         self.vcpu(Op.TOUCH_WRITE if write else Op.TOUCH_READ, self._one(gfn, count), threads=threads, latency=latency)
 
+    def touch_ranges(self, ranges: Iterable[Sequence[int]] | Ranges, write: bool = False) -> None:
+        """Touch the frames of many ranges, in their order."""
+        batch = ranges if isinstance(ranges, Ranges) else Ranges.of(ranges)
+        batch.check(self.frames, disjoint=False)
+        self.vcpu(Op.TOUCH_WRITE if write else Op.TOUCH_READ, batch)
+
     def fill(self, gfn: int, count: int, seed: int, threads: int = 1, latency: Histogram | None = None) -> None:
         """Fill frames with content that follows from the seed and the frame's number."""
         self.vcpu(Op.FILL, self._one(gfn, count), seed, threads=threads, latency=latency)

@@ -10,11 +10,12 @@ nothing to swap. Prints:
 """
 
 import tempfile
+from typing import Any
 
 from emu.fleet import read_fleet, run_fleet
 
 
-def fleet(mechanism: str, folder: str) -> dict:
+def fleet(mechanism: str, folder: str) -> dict[str, Any]:
     return {
         "fleet": {"max": "384MiB", "speed": 10, "store": folder},
         "guest": [

@@ -12,18 +12,19 @@ end. Prints:
 import random
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from emu.fleet import read_fleet, run_fleet
 
 
-def fleet(limits: dict, folder: str, tree: str) -> dict:
+def fleet(limits: dict[str, str], folder: str, tree: str) -> dict[str, Any]:
     cache = {"path": tree, "hold": "15s", "memory": "16MiB"}
     hog = {"size": "112MiB", "rounds": 1, "hold": "10s"}
     return {
-        "fleet": {"speed": 10, "store": folder, "oldest": "2s", "step": "16MiB", "period": "0.2s", "deadline": "1s", **limits},
+        "fleet": {"speed": 10, "store": folder, "oldest": "2s", "step": "16MiB", "deadline": "1s", **limits},
         "guest": [
             {"name": "cache", "count": 2, "ram": "128MiB", "mechanism": "epoch", "workload": "cache", "args": cache},
-            {"name": "hog", "ram": "128MiB", "mechanism": "reporting", "workload": "memhog", "args": hog, "start": "1s"},
+            {"name": "hog", "ram": "128MiB", "workload": "memhog", "args": hog, "start": "1s"},
         ],
     }  # fmt: skip
 

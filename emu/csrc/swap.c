@@ -462,6 +462,9 @@ static uint32_t load_pages(struct emu_swap *sw, uint64_t gfn, uint32_t n, struct
 
 		if (slot->kind == EMU_SLOT_MEMORY)
 			bytes = emu_store_bytes(sw->store, slot);
+		if (i + 1 < n && slot[1].kind == EMU_SLOT_MEMORY) /* the next one's bytes are as cold as these were */
+			for (uint32_t at = 0; at < slot[1].len; at += 64)
+				__builtin_prefetch(emu_store_bytes(sw->store, &slot[1]) + at);
 		if (slot->kind == EMU_SLOT_FILE && (slot->at < have || slot->at + slot->len > have_end)) {
 			/* from here to the last of the next ones that was written with it, whole blocks */
 			const uint64_t own_end = slot->at + slot->len;

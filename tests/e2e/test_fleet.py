@@ -62,14 +62,16 @@ def test_overcommit_in_turn(tmp_path):
     Reporting needs no swap; a guest that gives nothing back is swapped; all is right.
     """
     given = run_fleet(read_fleet(fleet(tmp_path)))
-    assert given.ok and given.swap_bytes == 0
+    assert given.ok
+    assert given.swap_bytes == 0
     kept = run_fleet(read_fleet(fleet(tmp_path, [guest(count=4, mechanism="none")])))
     assert kept.ok
     assert kept.swap_bytes > 150 * MIB
     for result in (given, kept):
         assert sum(g.verified_frames for g in result.guests) == 4 * 96 * MIB // 4096
         assert result.peak_charged_bytes <= 200 * MIB + 2 * MIB * 4
-    assert kept.asked["swap"] > 0 and kept.first["swap"] > 0
+    assert kept.asked["swap"] > 0
+    assert kept.first["swap"] > 0
 
 
 def test_the_kernel_agrees_that_max_was_kept(tmp_path):
@@ -120,7 +122,8 @@ def test_the_lines_of_defence_come_in_order(tmp_path):
     hog = guest(name="hog", mechanism="none", start="4s", args={"size": "112MiB", "rounds": 1, "hold": "20s"})
     result = run_fleet(read_fleet(fleet(tmp_path, [cached, hog], max="220MiB", oldest="4s", step="8MiB")))
     assert result.ok, [(g.name, g.state, g.detail) for g in result.guests]
-    assert result.asked["epoch"] > 0 and result.freed["epoch"] > 0
+    assert result.asked["epoch"] > 0
+    assert result.freed["epoch"] > 0
     first = result.first
     assert first["epoch"] < min(first.get("purge", 1e9), first.get("swap", 1e9))
     assert first.get("purge", 0) < first.get("swap", 1e9)
@@ -155,7 +158,8 @@ def test_a_guest_that_dies_or_hangs_is_its_own_loss(tmp_path, how):
         done.set()
         thread.join()
     good, bad = result.guests
-    assert good.state == "ok" and good.verified_frames == 12 * 64 * MIB // 4096
+    assert good.state == "ok"
+    assert good.verified_frames == 12 * 64 * MIB // 4096
     assert bad.state == ("killed" if how == "kill" else "silent")
     assert bad.returned_bytes > 60 * MIB
     assert result.samples[-1].charged < 80 * MIB
@@ -197,7 +201,8 @@ def with_fake(monkeypatch, body, tmp_path, **settings):
     ]
     result = run_fleet(read_fleet(fleet(tmp_path, guests, silence="2s", timeout="30s", **settings)))
     good, bad = result.guests
-    assert good.state == "ok" and good.verified_frames == 3 * 64 * MIB // 4096
+    assert good.state == "ok"
+    assert good.verified_frames == 3 * 64 * MIB // 4096
     return result, bad
 
 
@@ -368,13 +373,16 @@ def test_the_command_line(tmp_path):
     done = subprocess.run(command(write_toml(tmp_path)), capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["schema"] == "emu.fleet/1" and result["ok"]
+    assert result["schema"] == "emu.fleet/1"
+    assert result["ok"]
     assert [g["state"] for g in result["guests"]] == ["ok"] * 3
     assert result["guests"][0]["result"]["verified_frames"] == 3 * 96 * MIB // 4096
-    table = subprocess.run(command(tmp_path / "fleet.toml")[:-1] + ["-m", "reporting"], capture_output=True, text=True,
+    table = subprocess.run([*command(tmp_path / "fleet.toml")[:-1], "-m", "reporting"], capture_output=True, text=True,
                            timeout=60, check=False)  # fmt: skip
     assert table.returncode == 0, table.stderr
-    assert "vm-3" in table.stdout and "most charged at once" in table.stdout and "again: " in table.stdout
+    assert "vm-3" in table.stdout
+    assert "most charged at once" in table.stdout
+    assert "again: " in table.stdout
 
 
 @pytest.mark.parametrize(
@@ -401,6 +409,9 @@ def test_fleets_that_cant_be(tmp_path, text, says):
     path.write_text(text)
     with pytest.raises(BadValue) as caught:
         read_fleet(path)
-    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
     done = subprocess.run(command(path), capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -269,7 +269,8 @@ def test_what_was_handed_over_may_become_anything(tree):
             assert a.verify(seed=round_) == []
             p.exit()
             books_are_true(m)
-        assert m.ram.stats()["aside_dropped"] > 0 and m.guest.vmstat["pgdiscard_fault"] > 0
+        assert m.ram.stats()["aside_dropped"] > 0
+        assert m.guest.vmstat["pgdiscard_fault"] > 0
 
 
 # ---- epoch and purge
@@ -326,7 +327,8 @@ def test_swap_holds_a_guest_to_its_max(tmp_path, disable, service):
         for _ in range(2):
             assert a.verify(seed=5) == []
         stats = m.ram.stats()
-        assert stats["swap_out_frames"] > 50 * MIB // PAGE and stats["swap_in_frames"] > 50 * MIB // PAGE
+        assert stats["swap_out_frames"] > 50 * MIB // PAGE
+        assert stats["swap_in_frames"] > 50 * MIB // PAGE
         assert stats["gate_failed"] == 0
         assert m.host.gate.peak <= 48 * MIB + (256 + 16) * PAGE
         books_are_true(m)
@@ -347,7 +349,8 @@ def test_a_guest_that_finds_no_memory_fails_and_says_so():
         assert caught.value.errno == 12
         assert m.ram.stats()["gate_failed"] >= 1
         result = run(m, Memhog("32MiB", 1, 0.0), seed=1)
-        assert result.error is not None and "budget's max" in result.error
+        assert result.error is not None
+        assert "budget's max" in result.error
 
 
 def test_two_rams_share_a_gate():
@@ -361,7 +364,9 @@ def test_two_rams_share_a_gate():
         a.discard([(0, 1500)])
         b.touch(0, 1500)
         slot = gate.slot(1)
-        assert slot.throttled >= 1 and slot.failed == 1 and slot.charged >= 1500 * PAGE
+        assert slot.throttled >= 1
+        assert slot.failed == 1
+        assert slot.charged >= 1500 * PAGE
         with pytest.raises(HostError):
             gate.attach(a, 2)
         with pytest.raises(BadValue):
@@ -412,7 +417,8 @@ def test_sampling_is_off_by_less_than_the_ram_says(tree):
     with machine("none", ram="256MiB") as m:
         m.host.watch_working_set(period=20.0, window=20.0, samples=300)
         result = run(m, Cache(tree, 0.2, hold=100.0, memory="16MiB"), seed=1)
-        assert result.error is None and result.corrupt_frames == 0
+        assert result.error is None
+        assert result.corrupt_frames == 0
         last = m.host.working_set.estimates[-1]
         assert abs(last.sampled - last.truth) < abs(m.rss_bytes - last.truth)
         assert result.working_set

@@ -160,7 +160,7 @@ def test_orders_and_limits_that_cant_be():
 
 @given(st.data())
 def test_whatever_comes_requests_are_sane(data):
-    """Never more than one of a kind under way with a guest, never a size below a page or above the step, in order always."""
+    """Never two of a kind under way with a guest, never a size that can't be, in order always."""
     step = 32 * MIB
     budget = Budget(LIMITS, step=step, deadline=1.0, period=0.5, spread=data.draw(st.booleans()))
     pending, now = {}, 0.0

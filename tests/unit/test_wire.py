@@ -80,12 +80,8 @@ def test_objects_that_are_nearly_messages(fields, kind):
     body = {"v": VERSION, "n": 1} | fields | ({} if kind is None else {"type": kind})
     frames = Frames()
     frames.feed(frame(json.dumps(body).encode()))
-    try:
-        got = everything(frames)
-    except Bad as error:
-        assert error.reason in ("malformed", "version", "replayed", "invalid", "oversized")
-    else:
-        assert len(got) == 1  # then it was one
+    with _either():
+        assert len(everything(frames)) == 1  # then it was one
 
 
 @settings(max_examples=2500)

@@ -1,7 +1,7 @@
 """All rows, in the order in which they are measured and printed."""
 
-from emu.bench.rows import cache, faults, guest, reclaim
+from emu.bench.rows import cache, faults, guest, reclaim, swap
 
 __all__ = ["ROWS"]
 
-ROWS = [*faults.ROWS, *reclaim.ROWS, *cache.ROWS, *guest.ROWS]
+ROWS = [*faults.ROWS, *reclaim.ROWS, *swap.ROWS, *cache.ROWS, *guest.ROWS]
