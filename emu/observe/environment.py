@@ -173,6 +173,26 @@ def _try_lazy() -> str:
         return f"{dropped} of {_FRAMES - 16} lazily freed frames dropped on demand"
 
 
+def _try_aside(how: str, without: str) -> str:
+    with GuestRam(_SIZE, disable=without) as ram:
+        if ram.aside_how != how:
+            raise EmuError("no UFFDIO_MOVE (Linux 6.8)" if how == "move" else "no write protection (Linux 5.7)")
+        ram.fill(0, _FRAMES, seed=1)
+        _expect(ram.set_aside([(0, _FRAMES)]), _FRAMES, "frames set aside")
+        _expect((ram.rss_bytes, ram.side_bytes), (0, _SIZE), "RSS and aside")
+        _expect(ram.verify(0, _FRAMES, seed=1), [], "wrong frames after they came back")
+        return f"{_FRAMES} frames left and came back at a touch"
+
+
+def _try_store() -> str:
+    with GuestRam(_SIZE) as ram, tempfile.TemporaryDirectory(prefix="emu-doctor-") as folder:
+        ram.open_store(0, file=folder)
+        ram.fill(0, _FRAMES, seed=1)
+        _expect(ram.swap_out([(0, _FRAMES)]), _FRAMES, "frames swapped out")
+        _expect(ram.verify(0, _FRAMES, seed=1), [], "wrong frames after they came back")
+        return ram.store_text.replace(folder, str(Path(folder).parent))
+
+
 def _try_disk() -> str:
     # through the guest: written, synced, and read back from the disk
     with tempfile.TemporaryDirectory(prefix="emu-doctor-") as folder:
@@ -224,6 +244,13 @@ def check_features(mechanisms: Mapping[str, Callable[[], str]]) -> list[Check]:
         ),
         ("PAGEMAP_SCAN", _try_pagemap_scan, "RSS by smaps; buffers that aren't a whole VMA by mincore"),
         ("MADV_FREE and MADV_PAGEOUT", _try_lazy, "--return lazy gives memory back only when the kernel wants it"),
+        (
+            "set aside by UFFDIO_MOVE",
+            lambda: _try_aside("move", ""),
+            "by write protection and a copy; without that: no grace, inactive, swap",
+        ),
+        ("set aside by a copy", lambda: _try_aside("wp", "move"), "-"),
+        ("swap to a store", _try_store, "-m swap can't be had"),
         ("a guest's disk", _try_disk, "Machine(disk=...) and the workloads over files can't be had"),
         *((f"mechanism {name}", attempt, "-") for name, attempt in mechanisms.items()),
     ]
