@@ -5,7 +5,7 @@ page is damaged on purpose. Prints:
 
     while it ran:   frames went to the store yes, came back yes, wrong frames 0
     at rest:        16,384 frames stored, RSS 0.0 MiB, pool smaller than the RAM yes
-    a damaged page: guest frame 0x2a is lost, and says so; its neighbours are right: yes
+    a damaged page: guest frame 0x2a is lost, and says so; its neighbours right: yes
 """
 
 import random
@@ -55,7 +55,7 @@ def main() -> None:
         except GuestMemoryError as error:
             right = all(ram.read(gfn * PAGE, 40) == text[gfn % 64 : gfn % 64 + 40] for gfn in (41, 43))
             print(
-                f"a damaged page: guest frame {error.gfn:#x} is lost, and says so; its neighbours are right: {yes(right)}"
+                f"a damaged page: guest frame {error.gfn:#x} is lost, and says so; its neighbours right: {yes(right)}"
             )
 
 
