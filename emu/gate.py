@@ -82,7 +82,7 @@ class Gate:
         self._check(slot)
         if not 0 <= deadline <= 3600:
             raise BadValue(f"gate deadline {deadline!r} s must be from 0 to 3600")
-        ram.attach_gate(self._native(), slot, int(deadline * 1000))
+        ram.attach_gate(self._native(), slot, int(deadline * 1000), self)
 
     @staticmethod
     def _check(slot: int) -> None:

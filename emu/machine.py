@@ -160,7 +160,8 @@ class Machine:
             ]
             self._sleep_until(min(dues, default=end))
             self._guest.run_timers()
-            self._host.run_timers()
+            with self._guest.kernel_lock:  # what comes back in another thread goes aside, too
+                self._host.run_timers()
             if not dues:
                 return done()
         return True

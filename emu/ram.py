@@ -61,6 +61,7 @@ class GuestRam(Reclaim):
         self._side: RamMapping | None = None
         self._side_lock = threading.Lock()
         self._store_file: Any = None
+        self._gate: object = None
         self._views: list[tuple[weakref.ref[memoryview], weakref.ref[Any]]] = []
         #: called between the native calls of one vcpu(), if set: whoever watches gets to look
         self.between: Callable[[], None] | None = None
@@ -436,9 +437,10 @@ class GuestRam(Reclaim):
             for ns, kind, gfn, count, arg in self._core.events(most)
         ]
 
-    def attach_gate(self, gate: Any, slot: int, deadline_ms: int) -> None:
-        """Charge frames at a gate; for emu.gate.Gate."""
+    def attach_gate(self, gate: Any, slot: int, deadline_ms: int, keep: object) -> None:
+        """Charge frames at a gate; for emu.gate.Gate, which is kept as long as this RAM."""
         self._core.attach_gate(gate, slot, deadline_ms)
+        self._gate = keep
 
     def trace_faults(self, on: bool = True) -> None:
         """Record every fault as an event, too."""

@@ -100,6 +100,8 @@ class Reclaim:
     _side_lock: threading.Lock
     _store_file: StoreFile | None
     _has_store = False
+    #: memory, file, file_size, readahead, as given to open_store()
+    store_settings: tuple[int | str | None, str | None, int | str | None, int] | None = None
 
     @property
     def _core(self) -> _native.Region:
@@ -160,9 +162,14 @@ class Reclaim:
         self._need_side()
         return self._reclaim(lib.emu_set_aside, ranges, stamp)
 
-    def bring_back(self, ranges: Frames | None = None) -> int:
-        """Return frames that are aside to the guest without a touch; return how many."""
-        return self._reclaim(lib.emu_bring_back, self._all(ranges)) if self._side is not None else 0
+    def bring_back(self, ranges: Frames | None = None, stamp: int | None = None) -> int:
+        """Return frames that are aside (with that stamp, if one is given) to the guest without a touch.
+
+        Return how many.
+        """
+        if self._side is None:
+            return 0
+        return self._reclaim(lib.emu_bring_back, self._all(ranges), -1 if stamp is None else stamp)
 
     def drop_aside(self, ranges: Frames | None = None, stamp: int | None = None, *, evict: bool = False) -> int:
         """Let go of those frames that are still aside (with that stamp, if one is given); return how many.
@@ -246,6 +253,7 @@ class Reclaim:
             raise
         self._store_file = opened
         self._has_store = True
+        self.store_settings = (memory, None if file is None else str(file), file_size, readahead)
 
     def swap_out(self, ranges: Frames) -> int:
         """Take frames out of the guest and keep their content in the store; return how many went.
@@ -302,7 +310,10 @@ class Reclaim:
         self._core.track()
 
     def harvest(self, gfn: int = 0, count: int | None = None, bits: int = lib.EMU_ACCESSED | lib.EMU_DIRTIED) -> bytes:
-        """Return and clear the frames' bits, a byte each: 1 accessed, 2 written. An access under way leaves its own."""
+        """Return and clear the frames' bits, a byte each.
+
+        1 accessed, 2 written, 4 accessed (which no scan clears). An access under way leaves its own.
+        """
         count = self.frames - gfn if count is None else count
         return self._core.harvest(gfn, count, bits)
 

@@ -45,15 +45,9 @@ def fleet(
     if file.suffix != ".toml":
         raise BadValue(f"{str(file)!r} is neither a workload nor a fleet's TOML file: emu run --help")
     from emu.fleet import read_fleet, run_fleet
-    from emu.fleet.scenario import read_toml
 
-    raw = read_toml(file)
-    table = raw.setdefault("fleet", {})
-    table |= {key: value for key, value in (("max", limit), ("order", order), ("spread", spread)) if value is not None}
-    if mechanism is not None:
-        for guest in raw.get("guest", []):
-            guest["mechanism"] = mechanism
-    described = read_fleet(raw)
+    given = {"max": limit, "order": order, "spread": spread}
+    described = read_fleet(file, settings={k: v for k, v in given.items() if v is not None}, mechanism=mechanism)
     if as_json:
         result = run_fleet(described, command=again())
     else:

@@ -130,7 +130,7 @@ void emu_access_leave_slow(struct emu_region *r)
 void emu_access_note_slow(struct emu_region *r, uint64_t gfn, uint64_t count, bool write)
 {
 	struct emu_access *a = access_of(r);
-	const uint8_t want = write ? EMU_ACCESSED | EMU_DIRTIED : EMU_ACCESSED;
+	const uint8_t want = EMU_SEEN | EMU_ACCESSED | (write ? EMU_DIRTIED : 0);
 
 	if (!emu_thread.access_slot)
 		emu_access_enter_slow(r);

@@ -235,6 +235,20 @@ int64_t emu_aside_sweep(struct emu_region *r)
 	return 0;
 }
 
+/* Of n frames that are BUSY from ASIDE: how many, from the first on, have that stamp; the others are let go. */
+uint64_t emu_aside_stamped(struct emu_region *r, uint64_t gfn, uint64_t n, int stamp)
+{
+	uint64_t own = 0;
+
+	while (own < n && emu_aside_stamp(r, gfn + own) == stamp)
+		own++;
+	if (own < n) {
+		emu_state_publish_run(r, gfn + own, n - own, EMU_ASIDE);
+		emu_state_wake(r, gfn + own, n - own);
+	}
+	return own;
+}
+
 /* ---- the way back */
 
 /* A fault's frame, BUSY from ASIDE; publishes it. Async-signal-safe. */
@@ -298,7 +312,8 @@ static uint64_t replace(struct emu_region *r, uint64_t gfn, uint64_t n, int *err
 	return done;
 }
 
-int64_t emu_aside_restore(struct emu_region *r, uint64_t gfn, uint64_t end)
+/* What is aside of [gfn, end), with that stamp (-1: any), into the guest again. Returns how many frames. */
+int64_t emu_aside_restore(struct emu_region *r, uint64_t gfn, uint64_t end, int stamp)
 {
 	int64_t back = 0;
 
@@ -312,8 +327,10 @@ int64_t emu_aside_restore(struct emu_region *r, uint64_t gfn, uint64_t end)
 			continue;
 		}
 		n = state == EMU_ASIDE ? emu_state_claim(r, gfn, end - gfn < RUN ? end - gfn : RUN, EMU_ASIDE) : 0;
+		if (n && stamp >= 0)
+			n = emu_aside_stamped(r, gfn, n, stamp);
 		if (!n) {
-			gfn += state != EMU_ASIDE;
+			gfn += state != EMU_ASIDE || stamp >= 0;
 			continue;
 		}
 		done = replace(r, gfn, n, &err);
@@ -345,7 +362,7 @@ static int64_t over(struct emu_region *r, const struct emu_range *ranges, size_t
 		err = -EOPNOTSUPP;
 	for (size_t i = 0; i < n && !err; i++) {
 		const uint64_t end = ranges[i].gfn + ranges[i].count;
-		int64_t did = out ? emu_aside_take(r, ranges[i].gfn, end, stamp) : emu_aside_restore(r, ranges[i].gfn, end);
+		int64_t did = out ? emu_aside_take(r, ranges[i].gfn, end, stamp) : emu_aside_restore(r, ranges[i].gfn, end, stamp);
 
 		err = did < 0 ? (int)did : 0;
 		frames += did > 0 ? did : 0;
@@ -356,9 +373,9 @@ static int64_t over(struct emu_region *r, const struct emu_range *ranges, size_t
 	return frames ? frames : err;
 }
 
-int64_t emu_bring_back(struct emu_region *r, const struct emu_range *ranges, size_t n)
+int64_t emu_bring_back(struct emu_region *r, const struct emu_range *ranges, size_t n, int stamp)
 {
-	return over(r, ranges, n, 0, false);
+	return stamp > EMU_STAMP_MAX ? -EINVAL : over(r, ranges, n, stamp, false);
 }
 
 /* ---- the way out */

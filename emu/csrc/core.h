@@ -330,7 +330,8 @@ static inline int emu_aside_stamp(const struct emu_region *r, uint64_t gfn)
 }
 int emu_aside_return(struct emu_region *r, uint64_t gfn);
 int64_t emu_aside_take(struct emu_region *r, uint64_t gfn, uint64_t end, int stamp);
-int64_t emu_aside_restore(struct emu_region *r, uint64_t gfn, uint64_t end);
+int64_t emu_aside_restore(struct emu_region *r, uint64_t gfn, uint64_t end, int stamp);
+uint64_t emu_aside_stamped(struct emu_region *r, uint64_t gfn, uint64_t n, int stamp);
 void emu_aside_left(struct emu_region *r, uint64_t gfn); /* BUSY, and its side page is a copy of what is elsewhere */
 void emu_aside_settle(struct emu_region *r, uint64_t gfn); /* after that, and after it was published */
 void emu_aside_free(struct emu_region *r);

@@ -57,6 +57,7 @@ int munlock(const void *addr, size_t len);
 #define EMU_STAMP_MAX ...
 #define EMU_ACCESSED ...
 #define EMU_DIRTIED ...
+#define EMU_SEEN ...
 #define EMU_GATE_SLOTS ...
 enum emu_state { EMU_ZERO, EMU_ZEROMAP, EMU_RESIDENT, EMU_LAZY, EMU_BUSY, EMU_LOST, EMU_ASIDE, EMU_PRESERVED, EMU_DISCARDED,
 	EMU_NR_STATES, ... };
@@ -175,7 +176,7 @@ int64_t emu_unpoison(struct emu_region *r, const struct emu_range *ranges, size_
 int emu_region_lend_side(struct emu_region *r, void *base);
 int emu_region_aside_how(struct emu_region *r);
 int64_t emu_set_aside(struct emu_region *r, const struct emu_range *ranges, size_t n, int stamp);
-int64_t emu_bring_back(struct emu_region *r, const struct emu_range *ranges, size_t n);
+int64_t emu_bring_back(struct emu_region *r, const struct emu_range *ranges, size_t n, int stamp);
 int64_t emu_aside_drop(struct emu_region *r, const struct emu_range *ranges, size_t n, int stamp, int evict);
 int64_t emu_aside_sweep(struct emu_region *r);
 

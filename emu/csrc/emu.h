@@ -151,8 +151,8 @@ int emu_region_aside_how(struct emu_region *r); /* 2: UFFDIO_MOVE, 1: write-prot
 #define EMU_STAMP_MAX 65534
 /* Take RESIDENT frames out of the guest, stamped with a number up to EMU_STAMP_MAX; the count, or -errno. */
 int64_t emu_set_aside(struct emu_region *r, const struct emu_range *ranges, size_t n, int stamp);
-/* Put them back without a touch; the count. */
-int64_t emu_bring_back(struct emu_region *r, const struct emu_range *ranges, size_t n);
+/* Put those with that stamp (-1: any) back without a touch; the count. */
+int64_t emu_bring_back(struct emu_region *r, const struct emu_range *ranges, size_t n, int stamp);
 /* Those of the frames still aside with that stamp (-1: any) are dropped: ZERO, or with evict DISCARDED. The count. */
 int64_t emu_aside_drop(struct emu_region *r, const struct emu_range *ranges, size_t n, int stamp, int evict);
 int64_t emu_aside_sweep(struct emu_region *r); /* drop copies that are left in the side region of frames that came back */
@@ -195,7 +195,8 @@ struct emu_gate_slot {
 	int64_t throttled; /* charges that had to wait */
 	int64_t throttled_ns;
 	int64_t failed; /* those that waited in vain */
-	uint64_t pad[3];
+	int64_t waiting; /* threads that wait now */
+	uint64_t pad[2];
 };
 struct emu_gate {
 	uint64_t magic;
@@ -217,6 +218,7 @@ int emu_gate_attach(struct emu_region *r, struct emu_gate *g, int slot, int dead
 
 #define EMU_ACCESSED 1
 #define EMU_DIRTIED 2
+#define EMU_SEEN 4 /* as ACCESSED, which a scan clears: for who harvests by himself */
 int emu_access_track(struct emu_region *r, int on);
 /*
  * Read and clear bits: ret[i] = those of `bits` that frame gfn + i had. An access that is under way leaves its bits set, so

@@ -75,10 +75,12 @@ void emu_gate_set_max(struct emu_gate *g, int64_t max)
 
 int64_t emu_gate_charged(struct emu_gate *g)
 {
-	int64_t sum = 0;
+	int64_t sum = 0, charged;
 
-	for (int i = 0; i < EMU_GATE_SLOTS; i++)
-		sum += load(&g->slot[i].charged);
+	for (int i = 0; i < EMU_GATE_SLOTS; i++) {
+		charged = load(&g->slot[i].charged);
+		sum += charged > 0 ? charged : 0; /* below: stock was taken from one that was released meanwhile */
+	}
 	return sum;
 }
 
@@ -99,6 +101,9 @@ int64_t emu_gate_release(struct emu_gate *g, int slot)
 	if (slot < 0 || slot >= EMU_GATE_SLOTS)
 		return -EINVAL;
 	__atomic_store_n(&g->slot[slot].stock, 0, __ATOMIC_SEQ_CST);
+	/* those of it that waited when they were killed */
+	__atomic_fetch_sub(&g->waiters, (uint32_t)__atomic_exchange_n(&g->slot[slot].waiting, 0, __ATOMIC_SEQ_CST),
+	                   __ATOMIC_SEQ_CST);
 	had = __atomic_exchange_n(&g->slot[slot].charged, 0, __ATOMIC_SEQ_CST);
 	gave_back(g);
 	return had;
@@ -167,12 +172,14 @@ static bool try_charge(struct emu_gate *g, struct emu_gate_slot *slot, int64_t f
 }
 
 /* Wait until somebody gives back, or a while. A charge that fails and then finds no change since `seq` sleeps. */
-static void nap(struct emu_gate *g, uint32_t seq)
+static void nap(struct emu_gate *g, struct emu_gate_slot *slot, uint32_t seq)
 {
 	struct timespec most = { .tv_nsec = NAP_MS * 1000000 };
 
 	__atomic_fetch_add(&g->waiters, 1, __ATOMIC_SEQ_CST);
+	add(&slot->waiting, 1);
 	syscall(SYS_futex, &g->seq, FUTEX_WAIT, seq, &most, NULL, 0);
+	add(&slot->waiting, -1);
 	__atomic_fetch_sub(&g->waiters, 1, __ATOMIC_SEQ_CST);
 }
 
@@ -214,7 +221,7 @@ int emu_gate_charge_slow(struct emu_region *r, int64_t frames, int how)
 			break;
 		}
 		emu_swapd_kick(r, (uint64_t)frames + 2 * STOCK);
-		nap(g, seq);
+		nap(g, slot, seq);
 	}
 	emu_gate_parked(r, emu_now_ns() - begun, err);
 	return err;

@@ -292,20 +292,6 @@ static int64_t store_group(struct out *o, uint64_t gfn, uint32_t n, uint32_t *lo
 	return went;
 }
 
-/* Of n frames that are BUSY from ASIDE: how many, from the first on, this file has set aside; the others are let go. */
-static uint32_t ours(struct emu_region *r, uint64_t gfn, uint32_t n)
-{
-	uint32_t own = 0;
-
-	while (own < n && emu_aside_stamp(r, gfn + own) == EMU_STAMP_SWAP)
-		own++;
-	if (own < n) {
-		emu_state_publish_run(r, gfn + own, n - own, EMU_ASIDE);
-		emu_state_wake(r, gfn + own, n - own);
-	}
-	return own;
-}
-
 /* What was set aside for this of [gfn, end) into the store. Returns how many frames went; *err: why not the others. */
 static int64_t store_range(struct out *o, uint64_t gfn, uint64_t end, int *err)
 {
@@ -326,7 +312,7 @@ static int64_t store_range(struct out *o, uint64_t gfn, uint64_t end, int *err)
 			continue;
 		}
 		n = (uint32_t)emu_state_claim(r, gfn, end - gfn < GROUP ? end - gfn : GROUP, EMU_ASIDE);
-		n = ours(r, gfn, n);
+		n = (uint32_t)emu_aside_stamped(r, gfn, n, EMU_STAMP_SWAP);
 		if (!n) { /* set aside by somebody else, who drops it in time */
 			gfn++;
 			continue;
@@ -364,7 +350,7 @@ static int64_t swap_out(struct emu_region *r, const struct emu_range *ranges, si
 			else
 				went += store_range(o, gfn, next, &err);
 			if (err) { /* what couldn't be stored, back to where it was */
-				int64_t back = emu_aside_restore(r, gfn, next);
+				int64_t back = emu_aside_restore(r, gfn, next, EMU_STAMP_SWAP);
 
 				emu_stat_add(r, EMU_STAT_swap_failed, back > 0 ? back : 0);
 			}

@@ -8,6 +8,10 @@ guest's kernel, for whose lock they wait; taking memory without asking needs non
 
 The process dies with its host (PR_SET_PDEATHSIG; the parent is compared afterwards, since it may have died before), and
 its memory with it.
+
+A guest that waits for memory at the gate can't do what it is asked for: its one CPU is in the fault, as a real vCPU
+that the host throttles would be. So epochs and purges take from the others, and a guest alone at max is left to
+swapping.
 """
 
 import contextlib
@@ -38,6 +42,7 @@ from emu.workloads.runner import Stopped, run
 __all__ = ["main"]
 
 _STATUS = 0.1  # seconds
+_SCAN = 5.0  # guest seconds between two looks at accessed bits
 _PR_SET_PDEATHSIG = 1
 
 
@@ -82,8 +87,9 @@ class GuestProcess:
         self.settings = settings
         self.go = threading.Event()
         self.stop = threading.Event()
-        self._asks: queue.SimpleQueue[Ask] = queue.SimpleQueue()
-        self._takes: queue.SimpleQueue[Ask] = queue.SimpleQueue()
+        # with the time until which each is waited for
+        self._asks: queue.SimpleQueue[tuple[Ask, float]] = queue.SimpleQueue()
+        self._takes: queue.SimpleQueue[tuple[Ask, float]] = queue.SimpleQueue()
 
     @property
     def can(self) -> list[Literal["epoch", "purge", "swap"]]:
@@ -126,7 +132,8 @@ class GuestProcess:
                 elif isinstance(message, Stop):
                     self.stop.set()
                 elif isinstance(message, Ask):
-                    (self._takes if message.request == "swap" else self._asks).put(message)
+                    due_by = time.monotonic() + message.within
+                    (self._takes if message.request == "swap" else self._asks).put((message, due_by))
 
     def _status(self) -> Status:
         machine = self.machine
@@ -147,7 +154,8 @@ class GuestProcess:
             cached=max(guest.cached_bytes, 0),
             free=max(guest.free_bytes, 0),
             available=max(guest.available_bytes, 0),
-            sampled=seen[-1].sampled if seen else 0,
+            sampled=seen[-1].sampled if seen else None,
+            touched=seen[-1].truth if seen else None,
             disk_read=guest.vmstat["pgpgin"] * 1024,
             evicted=evicted * FRAME_SIZE,
             throttled=stats["gate_throttled"],
@@ -157,20 +165,22 @@ class GuestProcess:
 
     def _ask(self) -> None:
         while True:
-            ask = self._asks.get()
+            ask, until = self._asks.get()
             driver = self.machine.guest.pressure
             freed = 0
-            if driver is not None:
-                with contextlib.suppress(EmuError):  # a guest that can't do it has given nothing
+            # the guest was too busy for it until nobody waited any more: then there is nothing to be done
+            with self.machine.guest.kernel_lock, contextlib.suppress(EmuError):
+                if driver is not None and time.monotonic() < until:
                     freed = driver.purge() if ask.request == "purge" else driver.epoch(ask.age, ask.size)
             self.link.send(Answer(ask=ask.ask, freed=freed))
 
     def _take(self) -> None:
         while True:
-            ask = self._takes.get()
+            ask, until = self._takes.get()
             freed = 0
             with contextlib.suppress(EmuError):
-                freed = self.machine.host.swap_out(max(ask.size, FRAME_SIZE))
+                if time.monotonic() < until:
+                    freed = self.machine.host.swap_out(max(ask.size, FRAME_SIZE))
             self.link.send(Answer(ask=ask.ask, freed=freed))
 
     # ---- the guest
@@ -192,8 +202,11 @@ class GuestProcess:
                 ).as_json()
                 error = result["error"]
             except EmuError as failed:
-                error = f"{type(failed).__name__}: {failed}"
-        self.link.send(Done(result=result, error=error))
+                error = str(failed)
+        counts = (result or {}).get("verified_frames", 0), (result or {}).get("corrupt_frames", 0)
+        self.link.send(
+            Done(verified=counts[0], corrupt=counts[1], result=result, error=None if error is None else error[:4000])
+        )
         self._idle(self.stop)
 
     def _row(self, name: str) -> None:
@@ -219,21 +232,14 @@ def _mechanism(settings: dict[str, Any]) -> Mechanism:
     # swap without a file of its own uses the fleet's
     mechanism = make_mechanism(settings["mechanism"])
     if isinstance(mechanism, SwapMechanism) and mechanism.file is None:
-        return dataclasses.replace(
-            mechanism, file=settings["store"], memory=mechanism.memory or settings["store_memory"]
-        )
+        memory = settings["store_memory"] if mechanism.memory is None else mechanism.memory
+        return dataclasses.replace(mechanism, file=settings["store"], memory=memory)
     return mechanism
 
 
-def main() -> int:
-    """Be the guest that descriptor 0 describes."""
-    settings: dict[str, Any] = json.loads(sys.stdin.readline())
-    _die_with_the_host(settings["parent"])
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.connect(f"/proc/self/fd/{settings['socket']}")
-    link = Link(sock)
+def _machine(settings: dict[str, Any]) -> Machine:
     gate = Gate(settings["gate"])
-    with Machine(
+    machine = Machine(
         settings["ram"],
         _mechanism(settings),
         disk=settings["disk"],
@@ -242,15 +248,39 @@ def main() -> int:
         speed=settings["speed"],
         service=settings["service"],
         cpus=settings["cpus"],
-    ) as machine:
+    )
+    try:
         gate.attach(machine.ram, settings["slot"], deadline=settings["wait"])
-        if settings["store"] is not None and machine.ram.aside_how != "none" and not machine.ram.has_store:
-            machine.ram.open_store(settings["store_memory"], file=settings["store"])
-            machine.ram.track_accesses()
+        stores = settings["store"] is not None or settings["store_memory"] is not None
         if machine.ram.aside_how != "none":
+            if stores and not machine.ram.has_store:
+                machine.ram.open_store(settings["store_memory"], file=settings["store"])
+                machine.host.track_idle(_SCAN)
             machine.host.watch_working_set(period=2.0, window=10.0, seed=settings["seed"])
+    except BaseException:
+        machine.close()
+        raise
+    return machine
+
+
+def main() -> int:
+    """Be the guest that descriptor 0 describes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for the host, who ends us
+    settings: dict[str, Any] = json.loads(sys.stdin.readline())
+    _die_with_the_host(settings["parent"])
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect(f"/proc/self/fd/{settings['socket']}")
+    link = Link(sock)
+    hello = {"name": settings["name"], "token": settings["token"], "pid": os.getpid()}
+    try:
+        machine = _machine(settings)
+    except EmuError as error:  # it is a guest that failed, and not a process that died
+        link.send(Hello(**hello, can=[]))
+        link.send(Done(verified=0, corrupt=0, result=None, error=str(error)[:4000]))
+        return 1
+    with machine:
         process = GuestProcess(link, machine, settings)
-        link.send(Hello(name=settings["name"], token=settings["token"], pid=os.getpid(), can=process.can))
+        link.send(Hello(**hello, can=process.can))
         process.start()
         process.run()
     return 0

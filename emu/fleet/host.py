@@ -39,6 +39,7 @@ from emu.errors import HostError
 from emu.fleet.scenario import Fleet, Guest
 from emu.fleet.wire import Answer, Ask, Bad, Done, Frames, Go, Hello, Message, Row, Status, Stop, encode
 from emu.gate import Gate
+from emu.host import budget as host_budget
 from emu.host.budget import Budget, GuestView, Request
 from emu.host.pressure import read_psi
 from emu.observe.environment import environment
@@ -50,6 +51,7 @@ _TICK = 0.05
 _MESSAGES = 64  # of one guest in a tick
 _READ = 1 << 18  # bytes of one guest in a tick
 _HELLO = 30.0  # seconds in which a guest must have said who it is
+_LAST_WORDS = 3.0  # seconds after the fleet's timeout
 _END = 20.0  # seconds in which it must have ended when it was told to
 _PREFIX = "emu-fleet-"
 
@@ -94,6 +96,15 @@ def _peer(conn: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
+def _peak_rss(pid: int) -> int:
+    # VmHWM; a process that is gone has had anything
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 1 << 62
+
+
 @dataclass(eq=False)
 class _Guest:
     spec: Guest
@@ -114,7 +125,6 @@ class _Guest:
     going: bool = False
     done: bool = False
     dead: bool = False
-    stopping: float | None = None
 
 
 class _Host:
@@ -132,16 +142,18 @@ class _Host:
             stall_low=fleet.psi_low,
             stall_high=fleet.psi_high,
         )
+        self.listener, self.place = _listen()
         self.gate = Gate.create(fleet.max)
         self.selector = selectors.DefaultSelector()
         self.guests: list[_Guest] = []
-        self.asks: dict[int, tuple[_Guest, Request]] = {}
+        self.asks: dict[int, tuple[_Guest, host_budget.Ask]] = {}
         self.next_ask = 1
         self.t0 = time.monotonic()
+        self.told_to_end = False
         self.strangers: dict[socket.socket, Frames] = {}
         settings = fleet.model_dump(exclude={"guests"}, mode="json")
         self.result = FleetResult(command, settings, environment(), fleet.max, [])
-        self.listener, self.place = _listen()
+        self.result.notes += fleet.notes
         self.selector.register(self.listener, selectors.EVENT_READ, self._accept)
 
     @property
@@ -244,7 +256,8 @@ class _Host:
         except BlockingIOError:
             return
         except (Bad, OSError):
-            self.result.refused_peers += 1
+            if _peer(conn)[0] not in (guest.process.pid for guest in self.guests):  # its pidfd tells of it
+                self.result.refused_peers += 1
             self.selector.unregister(conn)
             del self.strangers[conn]
             conn.close()
@@ -304,7 +317,7 @@ class _Host:
             ask = self.asks.pop(message.ask, None)
             if ask is None or ask[0] is not guest:
                 raise Bad("invalid", f"an answer to request {message.ask}, which it doesn't have")
-            self.budget.answered(guest.spec.name, ask[1], message.freed)
+            self.budget.answered(ask[1], message.freed)
         elif isinstance(message, Done):
             if guest.done:
                 raise Bad("invalid", "done twice")
@@ -313,28 +326,24 @@ class _Host:
             result.state = "failed" if message.error else "ok"
             result.detail = message.error or ""
             result.result = message.result
-            if message.result is not None:
-                result.verified_frames = int(message.result.get("verified_frames", 0))
-                result.corrupt_frames = int(message.result.get("corrupt_frames", 0))
+            result.verified_frames, result.corrupt_frames = message.verified, message.corrupt
         else:
             raise Bad("invalid", f"a {message.type} is the host's to send")
 
     def _believe(self, guest: _Guest, status: Status) -> None:
-        # figures that a host could have, against what the guest's kernel knows
+        # figures that a host could have, against what the guest's kernel and its accesses know
         ram, b = guest.spec.ram, guest.result.believed
-        n = b.samples + 1
-        errors = (
-            abs(ram - status.available - status.used) / ram,
-            abs(status.rss - status.used) / ram,
-            abs(status.sampled - status.used) / ram,
-        )
-        means = [old + (new - old) / n for old, new in zip((b.balloon, b.rss, b.sampled), errors, strict=True)]
-        guest.result.believed = Believed(n, *means)
-        # what the kernel says that the process holds can't be less than what it says of its RAM, nor much more
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            pages = int(Path(f"/proc/{guest.process.pid}/statm").read_text().split()[1])
-            if pages * 4096 + (8 << 20) < status.rss + status.side + status.pool:
-                guest.result.lies += 1
+        n, m = b.samples + 1, b.sampled_samples
+        balloon = b.balloon + (abs(ram - status.available - status.used) / ram - b.balloon) / n
+        rss = b.rss + (abs(status.rss - status.used) / ram - b.rss) / n
+        sampled = b.sampled
+        if status.sampled is not None and status.touched is not None:
+            m += 1
+            sampled += (abs(status.sampled - status.touched) / ram - sampled) / m
+        guest.result.believed = Believed(n, balloon, rss, m, sampled)
+        # More than its process has ever held: a status is up to 0.1 s old, so what it holds now is no measure.
+        if status.rss + status.side + status.pool > _peak_rss(guest.process.pid) + (8 << 20):
+            guest.result.lies += 1
 
     def send(self, guest: _Guest, message: Message) -> None:
         if guest.conn is None:
@@ -372,7 +381,7 @@ class _Host:
         for ask in self.budget.decide(self.now, self._views(), stall):
             guest = by_name[ask.guest]
             number, self.next_ask = self.next_ask, self.next_ask + 1
-            self.asks[number] = (guest, ask.request)
+            self.asks[number] = (guest, ask)
             self.result.first.setdefault(ask.request, self.now)
             within = max(ask.deadline - self.now, 0.0)
             self.send(guest, Ask(ask=number, request=ask.request.value, size=ask.size, age=ask.age, within=within))
@@ -411,7 +420,9 @@ class _Host:
             if guest.conn is not None:
                 self._read(guest)
             limit = self.fleet.silence if guest.said_hello else _HELLO
-            if not guest.dead and self.now - guest.heard > limit and guest.result.state == "lost":
+            if not guest.dead and self.now - guest.heard > limit:
+                # one that was done already stays what it was, but doesn't stay
+                guest.result.detail = guest.result.detail or f"nothing heard for {limit:g} s"
                 self.kill(guest, "silent", f"nothing heard for {limit:g} s")
             if not guest.going and guest.said_hello and self._may_go(i):
                 guest.going = True
@@ -436,20 +447,33 @@ class _Host:
             self._step(max(next_tick - self.now, 0.0))
             if self.now < next_tick:
                 continue
+            if (late := self.now - next_tick) > 1.0:
+                # this process was stopped, or its machine slept: so, perhaps, were the guests
+                for guest in self.guests:
+                    guest.heard += late
             next_tick = self.now + _TICK
             self._tend()
             self._decide()
             self._sample()
             if self.now > self.fleet.timeout:
-                for guest in self.guests:
-                    if not guest.done and not guest.dead:
-                        self.kill(guest, "silent", f"the fleet's timeout of {self.fleet.timeout:g} s is over")
+                self._out_of_time()
         for guest in self.guests:
             self.send(guest, Stop())
         until = self.now + _END
         while not all(guest.dead for guest in self.guests):
             self._step()
             self._tend_the_last(until)
+
+    def _out_of_time(self) -> None:
+        # told to end, a guest sends what it has; one that doesn't is ended
+        if not self.told_to_end:
+            self.told_to_end = True
+            for guest in self.guests:
+                self.send(guest, Stop())
+        elif self.now > self.fleet.timeout + _LAST_WORDS:
+            for guest in self.guests:
+                if not guest.done and not guest.dead:
+                    self.kill(guest, "silent", f"the fleet's timeout of {self.fleet.timeout:g} s is over")
 
     def _tend_the_last(self, until: float) -> None:
         for guest in self.guests:

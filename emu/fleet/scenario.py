@@ -23,13 +23,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from emu.errors import BadValue
+from emu.clock import make_clock
+from emu.errors import BadValue, HostError
 from emu.host.budget import DEFAULT_ORDER, Limits, parse_order
+from emu.host.discard import parse_return
+from emu.host.pressure import read_psi
 from emu.mechanisms import make_mechanism
+from emu.mechanisms.swap import SwapMechanism
 from emu.units import parse_duration, parse_ram_size, parse_size
 from emu.workloads.registry import make_workload
 
-__all__ = ["Fleet", "Guest", "read_fleet", "read_toml"]
+__all__ = ["Fleet", "Guest", "read_fleet"]
 
 MOST_GUESTS = 64
 
@@ -95,6 +99,14 @@ class Fleet(_Table):
     guests: tuple[Guest, ...] = ()
 
     @property
+    def notes(self) -> list[str]:
+        """What a result should say of the settings."""
+        if "swap" in self.order and self.store is None and self.store_memory is None:
+            own = [guest.name for guest in self.guests if not guest.mechanism.startswith("swap")]
+            return [f"nothing can be swapped of {', '.join(own)}: no store or store_memory is given"] if own else []
+        return []
+
+    @property
     def limits(self) -> Limits:
         """The budget's limits."""
         return Limits.of(self.max, self.low, self.high)
@@ -106,7 +118,6 @@ class _Group(_Table):
     count: Annotated[int, Field(ge=1, le=MOST_GUESTS)] = 1
     start: Any = 0.0
     stagger: Seconds = 0.0
-    guest: dict[str, Any] = {}
 
 
 def _guests(tables: list[dict[str, Any]]) -> list[Guest]:
@@ -127,7 +138,7 @@ def _where(error: ValidationError) -> str:
     return f"{place}: {first['msg']}" if place else str(first["msg"])
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
+def _read_toml(path: str | Path) -> dict[str, Any]:
     """Return what a TOML file holds. Raises BadValue."""
     try:
         return tomllib.loads(Path(path).read_text())
@@ -137,18 +148,54 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise BadValue(f"{path} isn't TOML: {error}") from None
 
 
-def read_fleet(source: str | Path | dict[str, Any]) -> Fleet:
-    """Read a fleet from a TOML file, or from what one would parse to. Raises BadValue with the place that is wrong."""
-    raw = source if isinstance(source, dict) else read_toml(source)
+def _check(fleet: Fleet) -> None:
+    # what a guest's process would find out only when it starts
+    if make_clock(fleet.speed).name == "step":
+        raise BadValue("speed 'step' can't be had: guests share the wall's time")
+    if fleet.wait > 3600:
+        raise BadValue(f"wait {fleet.wait!r} s must be at most an hour")
+    if fleet.store is not None and not Path(fleet.store).exists():
+        raise BadValue(f"store {fleet.store!r} doesn't exist: name a directory or a file")
+    if fleet.psi is None and (fleet.psi_low, fleet.psi_high) != (None, None):
+        raise BadValue("psi_low and psi_high need psi, a file such as /proc/pressure/memory")
+    if fleet.psi is not None:
+        if (fleet.psi_low, fleet.psi_high) == (None, None):
+            raise BadValue("psi needs psi_low or psi_high: per cent of stall above which the budget acts")
+        try:
+            read_psi(fleet.psi)
+        except HostError as error:
+            raise BadValue(str(error)) from None
+    for guest in fleet.guests:
+        mechanism = make_mechanism(guest.mechanism)
+        if isinstance(mechanism, SwapMechanism) and mechanism.max is not None:
+            raise BadValue(f"{guest.name}: swap:max is for a guest alone; in a fleet the budget's max holds")
+        parse_return(guest.on_return)
+        if guest.disk is not None and not Path(guest.disk).exists():
+            raise BadValue(f"{guest.name}: disk {guest.disk!r} doesn't exist")
+        make_workload(guest.workload, guest.args, guest.seed)
+
+
+def read_fleet(
+    source: str | Path | dict[str, Any], *, settings: dict[str, Any] | None = None, mechanism: str | None = None
+) -> Fleet:
+    """Read a fleet from a TOML file, or from what one would parse to.
+
+    settings, mechanism: instead of the fleet's, and of every guest's. Raises BadValue with the place that is wrong.
+    """
+    raw = source if isinstance(source, dict) else _read_toml(source)
     name = "the fleet" if isinstance(source, dict) else str(source)
     if unknown := set(raw) - {"fleet", "guest"}:
         raise BadValue(f"{name}: {sorted(unknown)[0]!r} isn't known: [fleet] and [[guest]] are")
     tables = raw.get("guest", [])
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise BadValue(f"{name}: it has no [[guest]]")
+    table = raw.get("fleet", {})
+    if not isinstance(table, dict):
+        raise BadValue(f"{name}: fleet isn't a table: write [fleet]")
+    more = {} if mechanism is None else {"mechanism": mechanism}
     try:
-        guests = _guests([dict(table) for table in tables])
-        fleet = Fleet(**raw.get("fleet", {}), guests=tuple(guests))
+        guests = _guests([table | more for table in tables])
+        fleet = Fleet(**(table | (settings or {}) | {"guests": tuple(guests)}))
     except ValidationError as error:
         raise BadValue(f"{name}: {_where(error)}") from None
     except TypeError as error:
@@ -160,9 +207,7 @@ def read_fleet(source: str | Path | dict[str, Any]) -> Fleet:
     try:
         parse_order(fleet.order)
         _ = fleet.limits
-        for guest in guests:
-            make_mechanism(guest.mechanism)
-            make_workload(guest.workload, guest.args, guest.seed)
+        _check(fleet)
     except BadValue as error:
         raise BadValue(f"{name}: {error}") from None
     return fleet

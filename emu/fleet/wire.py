@@ -60,13 +60,16 @@ class Hello(_Message):
 
     type: Literal["hello"] = "hello"
     name: Name
-    token: Annotated[str, Field(min_length=16, max_length=128)]
+    token: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     pid: Annotated[int, Field(gt=0)]
     can: Annotated[list[Literal["epoch", "purge", "swap"]], Field(max_length=3)]
 
 
 class Status(_Message):
-    """A guest's figures: the first four by the kernel, the others by the guest's own word."""
+    """A guest's figures.
+
+    Rss, side and pool by its kernel, the others by its own word. sampled: an estimate of touched.
+    """
 
     type: Literal["status"] = "status"
     t: Seconds
@@ -78,7 +81,8 @@ class Status(_Message):
     cached: Bytes
     free: Bytes
     available: Bytes
-    sampled: Bytes
+    sampled: Bytes | None
+    touched: Bytes | None
     disk_read: Bytes
     evicted: Bytes
     throttled: Annotated[int, Field(ge=0)]
@@ -103,9 +107,11 @@ class Answer(_Message):
 
 
 class Done(_Message):
-    """The workload has ended (result: what `emu run --json` prints), or failed (error)."""
+    """The workload has ended (result: what `emu run --json` prints; frames verified, and wrong), or failed (error)."""
 
     type: Literal["done"] = "done"
+    verified: Bytes
+    corrupt: Bytes
     result: dict[str, Any] | None
     error: Text | None
 

@@ -190,18 +190,15 @@ class Budget:
         """A guest is gone."""
         self._guests.pop(name, None)
 
-    def answered(self, name: str, request: Request, freed: int) -> None:
-        """A guest has done what it was asked for, or its host side has.
-
-        A late answer changes nothing but the counts.
-        """
-        self.answers[request] += 1
-        self.freed[request] += freed
-        guest = self._guests.get(name)
-        if guest is None or request not in guest.pending:
+    def answered(self, ask: Ask, freed: int) -> None:
+        """A guest has done what it was asked for, or its host side; a late answer changes nothing but the counts."""
+        self.answers[ask.request] += 1
+        self.freed[ask.request] += freed
+        guest = self._guests.get(ask.guest)
+        if guest is None or guest.pending.get(ask.request, (None, 0))[0] != ask.deadline:
             return
-        _, size = guest.pending.pop(request)
-        self._settled(guest, request, freed, size)
+        _, size = guest.pending.pop(ask.request)
+        self._settled(guest, ask.request, freed, size)
 
     def _settled(self, guest: _Guest, request: Request, freed: int, size: int) -> None:
         guest.tried.add(request)
@@ -221,11 +218,11 @@ class Budget:
         asks: list[Ask] = []
         for line in self.lines:
             if not self._above(line.level, total, stall):
-                self._calm(line)
+                self._calm(now, line)
                 continue
             for request in line.requests:
                 asks += self._ask(now, request, line.level, total, guests)
-            if not all(self._tried(now, request, guests) for request in line.requests):
+            if not all(self._tried(request, guests) for request in line.requests):
                 break  # the next line waits for this one
         return asks
 
@@ -237,18 +234,18 @@ class Budget:
         threshold = self._stall[level]
         return total > self._limit(level) or (threshold is not None and stall >= threshold)
 
-    def _calm(self, line: Line) -> None:
+    def _calm(self, now: float, line: Line) -> None:
         for request in line.requests:
             self._began.pop(request, None)
             for guest in self._guests.values():
-                guest.tried.discard(request)
+                # a purge not long ago counts when the pressure is back: nothing much has grown again
+                if request is not Request.PURGE or now - guest.purged >= self._again:
+                    guest.tried.discard(request)
                 if request is Request.EPOCH:
                     guest.age = self.oldest
 
-    def _tried(self, now: float, request: Request, guests: Sequence[GuestView]) -> bool:
+    def _tried(self, request: Request, guests: Sequence[GuestView]) -> bool:
         able = [self._guests[view.name] for view in guests if request in view.can]
-        if request is Request.PURGE:  # not long ago counts, also if there was a calm in between: nothing has grown back
-            return all(now - guest.purged < self._again and request not in guest.pending for guest in able)
         return all(request in guest.tried for guest in able)
 
     def _ask(self, now: float, request: Request, level: Level, total: int, guests: Sequence[GuestView]) -> list[Ask]:
@@ -292,7 +289,9 @@ class Budget:
             and now - self._guests[view.name].purged >= self._again
         ]
         if self.spread:
-            left = sorted(left, key=lambda view: -view.footprint)[: 0 if waiting else 1]
+            # who hasn't been for longest, of those the largest
+            left.sort(key=lambda view: (self._guests[view.name].purged, -view.footprint))
+            del left[0 if waiting else 1 :]
         for view in left:
             self._guests[view.name].purged = now
         return [self._make(now, view.name, Request.PURGE, view.footprint, self.deadline) for view in left]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Hypervisor"]
 
+_IDLE = object()  # whose timer the scan of accessed bits is
+
 
 class Hypervisor:
     """Owns a GuestRam and what takes memory back from it. now: guest time in seconds; the host's timers go by it."""
@@ -86,6 +88,21 @@ class Hypervisor:
                 break
             taken += went
         return taken * FRAME_SIZE
+
+    def track_idle(self, period: float) -> None:
+        """Scan accessed bits each so many guest seconds from now on, so that swap_out() takes what is idle longest."""
+        self.ram.track_accesses()
+        self.timers.cancel(_IDLE)
+
+        def scan() -> None:
+            self.ram.scan_ages()
+            self.timers.at(self.now() + period, scan, _IDLE)
+
+        self.timers.at(self.now() + period, scan, _IDLE)
+
+    def end_idle(self) -> None:
+        """Scan no more."""
+        self.timers.cancel(_IDLE)
 
     def watch_working_set(self, **settings: float) -> WorkingSet:
         """Start estimating the guest's working set (emu.host.workingset)."""

@@ -35,7 +35,7 @@ class Squeeze:
                 Request.PURGE: lambda a: self._driver.purge(),
                 Request.SWAP: lambda a: self._host.swap_out(a.size),
             }[ask.request]
-            self.budget.answered("guest", ask.request, do(ask))
+            self.budget.answered(ask, do(ask))
         self._again()
 
     def stop(self) -> None:

@@ -16,10 +16,14 @@ What sampling costs the guest: each sampled frame that is touched costs a fault 
 sampling has set aside and that aren't touched are moved back at the period's end.
 """
 
+import functools
+import operator
 import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from emu._native import lib
 from emu.errors import BadValue, HostError
 from emu.frames import FrameState
 from emu.ram import GuestRam
@@ -80,10 +84,10 @@ class WorkingSet:
         self._writes = ram.write_tracking
         #: one a period, the newest last
         self.estimates: list[Estimate] = []
-        #: frames by idle age in periods, as of the last scan
-        self.ages: list[int] = [0] * 256
+        # what was accessed in each of the last periods, a byte a frame
+        self._accessed: deque[int] = deque(maxlen=max(round(window / period), 1))
         ram.track_accesses()
-        ram.scan_ages()
+        ram.harvest(bits=lib.EMU_SEEN)
         if self._writes:
             ram.written_pages()
         self._begin()
@@ -115,7 +119,7 @@ class WorkingSet:
         touched = 0
         if self._sampled:
             back = Ranges.of_frames(self._sampled)
-            still = ram.bring_back(back)
+            still = ram.bring_back(back, _STAMP)
             touched = len(self._sampled) - still
         resident = self._resident()
         share = touched / len(self._sampled) if self._sampled else 0.0
@@ -125,16 +129,17 @@ class WorkingSet:
         else:
             self._slow = self._fast = share
             self._begun = True
-        self.ages = ram.scan_ages()
-        periods = max(round(self.window / self.period), 1)
+        accessed = ram.harvest(bits=lib.EMU_SEEN)
+        self._accessed.append(int.from_bytes(accessed, "little"))
+        within = functools.reduce(operator.or_, self._accessed).to_bytes(len(accessed), "little")
         self.estimates.append(
             Estimate(
                 t=self._now(),
                 resident=resident * FRAME_SIZE,
                 sampled=int(max(share, self._slow, self._fast) * resident) * FRAME_SIZE,
-                idle_age=sum(self.ages[:periods]) * FRAME_SIZE,
+                idle_age=within.count(lib.EMU_SEEN) * FRAME_SIZE,
                 written=ram.written_pages() * FRAME_SIZE if self._writes else None,
-                truth=self.ages[0] * FRAME_SIZE,
+                truth=accessed.count(lib.EMU_SEEN) * FRAME_SIZE,
             )
         )
         self._begin()
@@ -143,5 +148,5 @@ class WorkingSet:
         """End it; what is aside for sampling comes back."""
         self._timers.cancel(self)
         if self._sampled:
-            self._ram.bring_back(Ranges.of_frames(self._sampled))
+            self._ram.bring_back(Ranges.of_frames(self._sampled), _STAMP)
             self._sampled = []

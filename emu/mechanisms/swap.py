@@ -65,23 +65,28 @@ class SwapMechanism:
         ram = host.ram
         if not ram.has_store:
             ram.open_store(self.memory, file=self.file, file_size=self.file_size, readahead=self.readahead)
-        ram.track_accesses()
+        elif self._differs(ram.store_settings):
+            raise BadValue("this guest's store is open with other settings, and can't be changed: start a new machine")
         ram.start_swapd()
-
-        def scan() -> None:
-            ram.scan_ages()
-            host.timers.at(host.now() + self.scan, scan, self)
-
-        host.timers.at(host.now() + self.scan, scan, self)
         if self.max is not None:
+            gate = host.gate or Gate.create(self.max)
+            gate.max = self.max
             if host.gate is None:
-                host.gate = Gate.create(self.max)
-                host.gate.attach(ram, 0, deadline=self.deadline)
-            host.gate.max = self.max
+                try:
+                    gate.attach(ram, 0, deadline=self.deadline)
+                except BaseException:
+                    gate.close()
+                    raise
+                host.gate = gate
+        host.track_idle(self.scan)
+
+    def _differs(self, settings: tuple[Any, ...] | None) -> bool:
+        mine = (self.memory, self.file, self.file_size, None if self.readahead == DEFAULT_READAHEAD else self.readahead)
+        return settings is not None and any(a is not None and a != b for a, b in zip(mine, settings, strict=True))
 
     def detach(self, guest: GuestKernel, host: Hypervisor) -> None:
         """Take no more. What is in the store comes back as it is touched."""
-        host.timers.cancel(self)
+        host.end_idle()
         if host.gate is not None:
             host.gate.max = 1 << 62
 

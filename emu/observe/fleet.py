@@ -35,6 +35,7 @@ class Believed:
     samples: int = 0
     balloon: float = 0.0
     rss: float = 0.0
+    sampled_samples: int = 0
     sampled: float = 0.0
 
 
@@ -60,7 +61,7 @@ class GuestResult:
     verified_frames: int = 0
     corrupt_frames: int = 0
     disk_read_bytes: int = 0
-    #: messages refused, by reason, and statuses in which the guest claimed less than the kernel says
+    #: messages refused, by reason, and statuses in which it claimed more than its process has ever held
     refused: dict[str, int] = field(default_factory=dict)
     lies: int = 0
     returned_bytes: int = 0

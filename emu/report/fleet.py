@@ -55,12 +55,14 @@ def _foot(result: FleetResult) -> list[str]:
         "start: after the fleet's; has it: from there to the first row that isn't the boot; waited: for memory, at the "
         "gate",
     ]
-    believed = [guest for guest in result.guests if guest.believed.samples]
+    believed = [guest.believed for guest in result.guests if guest.believed.samples]
+    sampled = [one.sampled for one in believed if one.sampled_samples]
     if believed:
-        means = [sum(getattr(g.believed, k) for g in believed) / len(believed) for k in ("balloon", "rss", "sampled")]
+        balloon, rss = (sum(getattr(one, k) for one in believed) / len(believed) for k in ("balloon", "rss"))
+        estimated = f"; random samples the touched memory by {sum(sampled) / len(sampled):.1%}" if sampled else ""
         lines.append(
-            "what a host would believe of the guests' use, mean error in % of the RAM: "
-            f"balloon statistics {means[0]:.1%}, RSS {means[1]:.1%}, sampling {means[2]:.1%}"
+            "what a host would believe, mean error, of the RAM: balloon statistics miss what processes hold by "
+            f"{balloon:.1%}, RSS by {rss:.1%}{estimated}"
         )
     lines += [
         f"{guest.name}: {guest.state}: {guest.detail}; {format_size(guest.returned_bytes)} went back to the budget"

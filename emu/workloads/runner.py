@@ -87,10 +87,10 @@ def run(
         result.footprint_byte_seconds += passed * (now.footprint_bytes + last.footprint_bytes) / 2
         result.used_byte_seconds += passed * (now.guest_used_bytes + last.guest_used_bytes) / 2
         last = now
-        on_sample(now)
 
     def sample(*, exact: bool = False) -> None:
         take(machine.snapshot(exact=exact))
+        on_sample(last)
 
     def steps() -> Iterator[Step]:
         yield from workload.steps(machine)

@@ -215,7 +215,11 @@ def with_fake(monkeypatch, body, tmp_path, **settings):
         ("s.sendall(b'\\xff\\xff\\xff\\xff'); time.sleep(60)", "refused"),
         ("send(Answer(ask=77, freed=1 << 40)); time.sleep(60)", "refused"),
         ("send(Stop()); time.sleep(60)", "refused"),
-        ("send(Done(result=None, error='x')); send(Done(result=None, error='y')); time.sleep(60)", "failed"),
+        (
+            "done = Done(verified=0, corrupt=0, result=None, error='x'); send(done); send(done); time.sleep(60)",
+            "failed",
+        ),
+        ("send(Done.model_construct(verified='abc', corrupt=[1])); time.sleep(60)", "refused"),
         ("os._exit(7)", "killed"),
         ("s.close(); time.sleep(60)", "silent"),
     ],
@@ -238,7 +242,7 @@ def test_a_guest_that_lies_is_seen_through(monkeypatch, tmp_path):
     body = (
         "status.update(rss=1 << 50, used=1 << 40)\n"
         "for _ in range(40):\n    send(Status(t=1.0, **status)); time.sleep(0.05)\n"
-        "send(Done(result=None, error=None)); time.sleep(60)"
+        "send(Done(verified=0, corrupt=0, result=None, error=None)); time.sleep(60)"
     )
     result, bad = with_fake(monkeypatch, body, tmp_path)
     assert bad.lies >= 30
@@ -259,7 +263,7 @@ def test_strangers_are_refused(tmp_path, monkeypatch):
 
         def stranger():
             time.sleep(0.5)
-            for data in (b"", b"\0" * 100, encode(Hello(name="vm-1", token="t" * 32, pid=1, can=[]), 1)):
+            for data in (b"", b"\0" * 100, encode(Hello(name="vm-1", token="0" * 32, pid=1, can=[]), 1)):
                 with socket.socket(socket.AF_UNIX) as s:
                     s.connect(f"/proc/self/fd/{place}")
                     s.sendall(data)

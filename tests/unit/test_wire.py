@@ -11,11 +11,11 @@ from emu.fleet.wire import MAX_FRAME, VERSION, Answer, Ask, Bad, Done, Frames, G
 
 STATUS = {name: 1 for name in Status.model_fields if name not in ("type", "t")} | {"t": 1.0}
 GOOD = [
-    Hello(name="vm", token="x" * 32, pid=5, can=["epoch"]),
+    Hello(name="vm", token="a" * 32, pid=5, can=["epoch"]),
     Status(**STATUS),
     Row(name="boot", t=0.0),
     Answer(ask=1, freed=0),
-    Done(result={"a": [1, None]}, error=None),
+    Done(verified=5, corrupt=0, result={"a": [1, None]}, error=None),
     Go(),
     Ask(ask=1, request="swap", size=4096, age=0.0, within=2.0),
     Stop(),
@@ -122,4 +122,4 @@ def test_what_is_refused_and_as_what():
     assert refused(frame(b'{"v":1,"n":1,"type":"answer","ask":1,"freed":-1}')) == "invalid"
     assert refused(frame(b'{"v":1,"n":1,"type":"row","name":"x","t":NaN}')) == "invalid"
     with pytest.raises(Bad):
-        encode(Done(result={"x": "y" * MAX_FRAME}, error=None), 1)
+        encode(Done(verified=0, corrupt=0, result={"x": "y" * MAX_FRAME}, error=None), 1)

@@ -208,7 +208,7 @@ def decide(stage: Stage) -> Iterator[Sides]:
             asks = budget.decide(now, guests)
             most = max(most, perf_counter_ns() - start)
             for ask in asks:
-                budget.answered(ask.guest, ask.request, 0)
+                budget.answered(ask, 0)
         return most / 1e6
 
     yield Sides(ours)

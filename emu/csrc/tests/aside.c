@@ -140,7 +140,7 @@ static void check_every_way_out_of_aside(struct rig *rig)
 
 	CHECK_EQ(rig_run(rig, EMU_FILL, 0, 256, 7, 1, NULL), 0);
 	CHECK_EQ(emu_set_aside(rig->r, ALL(256), 1), 256);
-	CHECK_EQ(emu_bring_back(rig->r, &(struct emu_range){ 0, 100, 0 }, 1), 100);
+	CHECK_EQ(emu_bring_back(rig->r, &(struct emu_range){ 0, 100, 0 }, 1, -1), 100);
 	CHECK_EQ(rig_stat(rig, "aside_restored"), 100);
 	CHECK_EQ(rig_stat(rig, "pgfault"), 256); /* no fault */
 	rig_check_books(rig);
@@ -211,7 +211,7 @@ static int without_a_way(void)
 	CHECK_EQ(emu_region_aside_how(rig->r), 0);
 	CHECK_EQ(emu_region_lend_side(rig->r, rig->map), -EOPNOTSUPP);
 	CHECK_EQ(emu_set_aside(rig->r, ALL(64), 1), -EOPNOTSUPP);
-	CHECK_EQ(emu_bring_back(rig->r, ALL(64)), -EOPNOTSUPP);
+	CHECK_EQ(emu_bring_back(rig->r, ALL(64), -1), -EOPNOTSUPP);
 	CHECK_EQ(emu_swap_out(rig->r, ALL(64)), -EOPNOTSUPP);
 	rig_close(rig);
 	return 0;

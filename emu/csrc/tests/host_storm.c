@@ -157,7 +157,7 @@ static void *taker(void *arg)
 			CHECK(emu_swap_out(r, ranges, n) >= 0);
 			break;
 		case 6:
-			CHECK(emu_bring_back(r, ranges, n) >= 0);
+			CHECK(emu_bring_back(r, ranges, n, -1) >= 0);
 			break;
 		case 7:
 			CHECK(emu_swap_back(r, ranges, n) >= 0);
