@@ -233,9 +233,16 @@ void emu_gate_uncharge_slow(struct emu_region *r, int64_t frames)
 	struct emu_gate_slot *slot = &g->slot[r->gate_slot];
 	int64_t stock = __atomic_add_fetch(&slot->stock, frames, __ATOMIC_SEQ_CST);
 
-	/* what is more than twice the stock goes back, or all of it, if somebody waits */
-	while (stock > 2 * STOCK || (stock > 0 && __atomic_load_n(&g->waiters, __ATOMIC_SEQ_CST))) {
-		const int64_t keep = __atomic_load_n(&g->waiters, __ATOMIC_SEQ_CST) ? 0 : STOCK;
+	/*
+	 * What is more than twice the stock goes back; all of it, if somebody waits, or if forced charges have gone over max:
+	 * kept, it would be used without another look at the sum, and over max would be the rule.
+	 */
+	while (stock > 0) {
+		const bool all = __atomic_load_n(&g->waiters, __ATOMIC_SEQ_CST) || emu_gate_charged(g) > load(&g->max);
+		const int64_t keep = all ? 0 : STOCK;
+
+		if (!all && stock <= 2 * STOCK)
+			return;
 
 		if (__atomic_compare_exchange_n(&slot->stock, &stock, keep, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
 			add(&slot->charged, keep - stock);
