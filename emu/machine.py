@@ -10,7 +10,7 @@ from emu.errors import BadValue, ClosedError
 from emu.guest.kernel import GuestKernel
 from emu.host.hypervisor import Hypervisor
 from emu.mechanisms import Mechanism, make_mechanism
-from emu.observe.chain import ASIDE_ARROWS, Arrow
+from emu.observe.chain import ASIDE_ARROWS, RETURN_ARROWS, Arrow
 from emu.observe.pagemap import Stage, take_page_map
 from emu.observe.snapshot import Snapshot, take_snapshot
 from emu.observe.vmstat import read_vmstat
@@ -249,9 +249,9 @@ class Machine:
     def _arrows(self) -> tuple[Arrow, ...]:
         # a policy that keeps what comes back has ways of its own
         own = self.mechanism.arrows
-        return (
-            own if self._host.discard.policy in ("now", "lazy") else (*own, *(a for a in ASIDE_ARROWS if a not in own))
-        )
+        if self._host.discard.policy in ("now", "lazy") or ASIDE_ARROWS[0] in own:
+            return own
+        return (*own, *RETURN_ARROWS)
 
     def chain(self) -> dict[str, int]:
         """Return the bytes of guest RAM by stage (emu.observe.pagemap.Stage); they add up to the RAM."""

@@ -52,6 +52,8 @@ def compare(
     as_json
         Print one JSON object: {"rows": [what `emu run --json` prints, with its label, ...]}.
     """
+    if workload.endswith(".toml"):
+        raise BadValue(f"compare takes a workload, not a fleet: emu run {workload} -m NAME, once for each")
     chosen = mechanism or list(MECHANISMS)
     for text in chosen:
         make_mechanism(text)

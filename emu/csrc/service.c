@@ -165,8 +165,8 @@ static bool unpark(struct emu_region *r, struct parking *p)
 		if (serve_one(r, parked.fault.gfn, parked.fault.write)) {
 			emu_gate_parked(r, waited, false);
 		} else if (late) {
+			emu_gate_parked(r, waited, true); /* before its sleeper is woken, and may look */
 			mark_missing(r, parked.fault.gfn);
-			emu_gate_parked(r, waited, true);
 		} else {
 			p->slot[kept++] = parked;
 			emu_swapd_kick(r, 64);

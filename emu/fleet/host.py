@@ -501,6 +501,10 @@ class _Host:
     def finish(self) -> FleetResult:
         result, budget = self.result, self.budget
         result.seconds = self.now
+        wanted = [request for line in budget.lines for request in line.requests]
+        nobody = [r.value for r in wanted if not any(r in guest.can for guest in self.guests)]
+        if nobody:
+            result.notes.append(f"no guest could be asked for: {', '.join(nobody)}")
         result.peak_charged_bytes = self.gate.peak
         result.asked = {request.value: n for request, n in budget.asked.items()}
         result.answered = {request.value: n for request, n in budget.answers.items()}

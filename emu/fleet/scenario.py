@@ -122,20 +122,25 @@ class _Group(_Table):
 
 def _guests(tables: list[dict[str, Any]]) -> list[Guest]:
     guests: list[Guest] = []
-    for table in tables:
-        own = {key: table.pop(key) for key in ("name", "count", "start", "stagger") if key in table}
-        group = _Group(**own)
-        for i in range(group.count):
-            start = None if group.start == "in turn" else parse_duration(group.start) + i * group.stagger
-            name = group.name if group.count == 1 else f"{group.name}-{i + 1}"
-            guests.append(Guest(name=name, start=start, **table))
+    for number, table in enumerate(tables, 1):
+        try:
+            own = {key: table.pop(key) for key in ("name", "count", "start", "stagger") if key in table}
+            group = _Group(**own)
+            for i in range(group.count):
+                start = None if group.start == "in turn" else parse_duration(group.start, "start") + i * group.stagger
+                name = group.name if group.count == 1 else f"{group.name}-{i + 1}"
+                guests.append(Guest(name=name, start=start, **table))
+        except (ValidationError, BadValue) as error:
+            says = _where(error) if isinstance(error, ValidationError) else str(error)
+            raise BadValue(f"guest {own.get('name', number)!r}: {says}") from None
     return guests
 
 
 def _where(error: ValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
-    return f"{place}: {first['msg']}" if place else str(first["msg"])
+    says = str(first["msg"]).removeprefix("Value error, ")
+    return f"{place}: {says}" if place else says
 
 
 def _read_toml(path: str | Path) -> dict[str, Any]:
@@ -198,7 +203,7 @@ def read_fleet(
         fleet = Fleet(**(table | (settings or {}) | {"guests": tuple(guests)}))
     except ValidationError as error:
         raise BadValue(f"{name}: {_where(error)}") from None
-    except TypeError as error:
+    except (BadValue, TypeError) as error:
         raise BadValue(f"{name}: {error}") from None
     if len(guests) > MOST_GUESTS:
         raise BadValue(f"{name}: {len(guests)} guests are more than {MOST_GUESTS}")

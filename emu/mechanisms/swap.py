@@ -4,10 +4,10 @@ Decided by the host; no guest code runs. It doesn't know what the guest still ne
 compressed and written like anything else, and read again before the guest overwrites them (N. Amit et al., VSwapper,
 ASPLOS 2014).
 
-Settings: max (bytes of footprint that it is held to by the charge gate; without it the store is there and nothing
-takes), memory (of the pool for compressed pages; as large as the RAM by default), file (a directory, or a file, of the
-host for what the pool has no room for), file_size (as large as the RAM), readahead (pages, 8), scan (between two looks
-at accessed bits, 5s), deadline (that an access waits for memory, 30s).
+Settings: max (bytes of pages, copies and pool that it is held to by the charge gate, the host's tables not among them;
+without it the store is there and nothing takes), memory (of the pool for compressed pages; as large as the RAM by
+default), file (a directory, or a file, of the host for what the pool has no room for), file_size (as large as the RAM),
+readahead (pages, 8), scan (between two looks at accessed bits, 5s), deadline (that an access waits for memory, 30s).
 """
 
 from collections.abc import Callable
@@ -62,6 +62,8 @@ class SwapMechanism:
         """Open the store, start the worker, and hold the RAM to `max`. The guest doesn't learn of it."""
         if not 0.1 <= self.scan <= 3600:
             raise BadValue(f"swap scan {self.scan!r} s must be from 0.1 to 3600")
+        if self.file_size is not None and self.file is None:
+            raise BadValue("swap file_size needs a file")
         ram = host.ram
         if not ram.has_store:
             ram.open_store(self.memory, file=self.file, file_size=self.file_size, readahead=self.readahead)

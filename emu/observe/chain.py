@@ -6,7 +6,9 @@
 The guest's side is exact: each change of a frame's owner is counted where it happens (csrc/memmap.c), so that what a
 stage has gained is what came in less what went out. `free` is all memory that the guest doesn't use: per-CPU lists, and
 what the host owns, are part of it; what goes between free and host-owned are frames that the host has taken, and given
-again. Being written is no stop on the way: dirty -> inactive is counted when it is done.
+again. Being written is no stop on the way: dirty -> inactive is counted when it is done. What the host has of a frame
+of the page cache, whether it is aside, swapped or discarded, is no matter to the guest: its own arrows count it like
+any other.
 """
 
 from collections.abc import Mapping
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 
 from emu.observe.pagemap import Stage
 
-__all__ = ["ASIDE_ARROWS", "GUEST_ARROWS", "GUEST_CHAIN", "SWAP_ARROWS", "Arrow", "Flow", "flows"]
+__all__ = ["ASIDE_ARROWS", "GUEST_ARROWS", "GUEST_CHAIN", "RETURN_ARROWS", "SWAP_ARROWS", "Arrow", "Flow", "flows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +66,19 @@ GUEST_ARROWS = (
     Arrow(Stage.FREE, Stage.HOST_OWNED, ("discard_frames", "lazydrop_frames"), ("balloon_inflate_taken",)),
 )
 
-#: of frames that are set aside, by the inactive queue or by the policy on return
+#: of free memory that the policy on return sets aside
+RETURN_ARROWS = (
+    Arrow(Stage.FREE, Stage.ASIDE, ("aside_frames",), ("swap_out_frames",)),
+    Arrow(Stage.ASIDE, Stage.FREE, ("aside_return", "aside_restored")),
+    Arrow(Stage.ASIDE, Stage.HOST_OWNED, ("aside_dropped",)),
+)
+#: of page cache that the inactive queue hands over
 ASIDE_ARROWS = (
     Arrow(Stage.INACTIVE, Stage.ASIDE, ("inactive_aside",)),
     Arrow(Stage.FREE, Stage.ASIDE, ("aside_frames",), ("inactive_aside",)),
     Arrow(Stage.ASIDE, Stage.INACTIVE, ("aside_return", "aside_restored")),
     Arrow(Stage.ASIDE, Stage.DISCARDED, ("aside_evicted",)),
+    Arrow(Stage.DISCARDED, Stage.FREE, ("guest_pgdiscard_fault",)),
     Arrow(Stage.ASIDE, Stage.HOST_OWNED, ("aside_dropped",), ("aside_evicted",)),
 )
 SWAP_ARROWS = (

@@ -94,13 +94,15 @@ def _working_set(result: RunResult) -> list[str]:
     last = seen[-1]
     written = "" if last["written"] is None else f", written {mib_text(last['written'])}"
 
+    truth = sum(e["truth"] for e in seen)
+
     def error(name: str) -> str:
-        return f"{sum(abs(e[name] - e['truth']) for e in seen) / len(seen) / result.ram_bytes:.1%}"
+        return f"{sum(abs(e[name] - e['truth']) for e in seen) / truth:.0%}" if truth else "-"
 
     return [
         f"working set in the last of {len(seen)} periods: truth {mib_text(last['truth'])} MiB; by random frames set "
-        f"aside {mib_text(last['sampled'])}, by idle age {mib_text(last['idle_age'])}{written}; mean error, of the "
-        f"RAM: {error('sampled')}, {error('idle_age')}"
+        f"aside {mib_text(last['sampled'])}, by idle age {mib_text(last['idle_age'])}{written}; mean error, of "
+        f"the truth: {error('sampled')}, {error('idle_age')} (--json has each period)"
     ]
 
 

@@ -4,6 +4,7 @@ Samples are taken every second of guest time that is waited for, and around gues
 clock says it took (none, on a stepped clock). Between two samples the integrals take the mean.
 """
 
+import errno
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -41,11 +42,13 @@ def _notes(machine: Machine) -> list[str]:
     if machine.host.balloon.counters["balloon_report_inhibited"]:
         notes.append("the host acknowledged the reports and discarded nothing: page poison or an assigned device")
     if machine.ram.stats()["gate_failed"]:
-        raw, pages = machine.ram.store.raw, machine.ram.store.pages
+        store = machine.ram.store
+        full = "; the store is full: give swap more memory, or a file" if store.error == errno.ENOSPC else ""
         notes.append(
-            f"an access waited for memory in vain: of {pages:,} pages in the store {raw:,} don't compress"
-            + ("; give swap a file for them" if raw > pages // 2 else "")
+            f"an access waited for memory in vain: of {store.pages:,} pages in the store {store.raw:,} don't compress{full}"
         )
+    if machine.guest.pressure is not None and machine.host.squeeze is None:
+        notes.append(f"{machine.mechanism.name} had no limit, so nothing was asked for: it does what reporting does")
     reporting = machine.guest.reporting
     for zone in machine.guest.zones if reporting is not None else ():
         if zone.name != "DMA" and reporting is not None and reporting.gated(zone):
