@@ -4,6 +4,7 @@ Samples are taken every second of guest time that is waited for, and around gues
 clock says it took (none, on a stepped clock). Between two samples the integrals take the mean.
 """
 
+import contextlib
 import errno
 import time
 from collections.abc import Callable, Iterator
@@ -43,9 +44,9 @@ def _notes(machine: Machine) -> list[str]:
         notes.append("the host acknowledged the reports and discarded nothing: page poison or an assigned device")
     if machine.ram.stats()["gate_failed"]:
         store = machine.ram.store
-        full = "; the store is full: give swap more memory, or a file" if store.error == errno.ENOSPC else ""
+        full = "; the store is full: give it more memory, or a file" if store.error == errno.ENOSPC else ""
         notes.append(
-            f"an access waited for memory in vain: of {store.pages:,} pages in the store {store.raw:,} don't compress{full}"
+            f"an access waited for memory in vain: of {store.pages:,} stored pages {store.raw:,} don't compress{full}"
         )
     if machine.guest.pressure is not None and machine.host.squeeze is None:
         notes.append(f"{machine.mechanism.name} had no limit, so nothing was asked for: it does what reporting does")
@@ -90,10 +91,10 @@ def run(
         result.footprint_byte_seconds += passed * (now.footprint_bytes + last.footprint_bytes) / 2
         result.used_byte_seconds += passed * (now.guest_used_bytes + last.guest_used_bytes) / 2
         last = now
+        on_sample(now)
 
     def sample(*, exact: bool = False) -> None:
         take(machine.snapshot(exact=exact))
-        on_sample(last)
 
     def steps() -> Iterator[Step]:
         yield from workload.steps(machine)
@@ -117,7 +118,8 @@ def run(
             result.phases.append(Phase.of(step.name, last))
             on_step(step.name)
     except Stopped as stopped:
-        take(stopped.snapshot)
+        with contextlib.suppress(Stopped):  # who raises it at each picture has said so
+            take(stopped.snapshot)
         result.phases.append(Phase.of("stopped", last))
         result.notes.append("stopped before its end")
     except (GuestError, GuestMemoryError) as error:  # the guest failed, not the run: its rows so far are worth having
