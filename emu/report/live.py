@@ -193,13 +193,15 @@ def _title(state: LiveState, s: Snapshot | None, width: int) -> Text:
 def _head(s: Snapshot, width: int) -> Text:
     bloat = "-" if not s.guest_used_bytes else f"{s.footprint_bytes / s.guest_used_bytes:.2f}x"
     books = s.books_difference
+    kept = (("aside", s.side_bytes), ("pool", s.pool_bytes))
     line = _line(
         [
             (" MiB: RSS ", "dim"),
             (mib_text(s.rss_bytes), "bold"),
             ("" if s.rss_exact else "~", ""),
+            *(part for name, size in kept if size for part in ((f" + {name} ", "dim"), (mib_text(size), ""))),
             (" + tables ", "dim"),
-            (mib_text(s.footprint_bytes - s.rss_bytes), ""),
+            (mib_text(s.footprint_bytes - s.rss_bytes - s.side_bytes - s.pool_bytes), ""),
             (" = footprint ", "dim"),
             (mib_text(s.footprint_bytes), "bold"),
             ("  used ", "dim"),
