@@ -105,7 +105,7 @@ def test_load_proves_every_file(tmp_path):
         ("run memhog -m reporting:delay=-2", "isn't a time"),
         ("run memhog -m reporting:delay=2h", "0 to 3600"),
         ("run memhog -m reporting:poison=300", "isn't a byte"),
-        ("run memhog --return never", "now, lazy"),
+        ("run memhog --return never", "now, grace:SECONDS, lazy"),
         ("run memhog --rounds 0", "from 1 to"),
         ("run memhog --rounds x", "rounds"),
         ("run memhog --rounds 1.5", "isn't a whole number"),

@@ -161,7 +161,7 @@ def test_a_guest_that_dies_or_hangs_is_its_own_loss(tmp_path, how):
     assert good.state == "ok"
     assert good.verified_frames == 12 * 64 * MIB // 4096
     assert bad.state == ("killed" if how == "kill" else "silent")
-    assert bad.returned_bytes > 60 * MIB
+    assert bad.returned_bytes > 20 * MIB  # wherever in its filling it was
     assert result.samples[-1].charged < 80 * MIB
     assert not result.ok
 
