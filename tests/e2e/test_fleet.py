@@ -344,16 +344,18 @@ def test_a_host_that_is_killed_leaves_nothing(tmp_path):
 
 
 @pytest.mark.storm
-def test_a_host_that_is_killed_leaves_nothing_200_times(tmp_path):
-    rng = random.Random(6)
-    for _ in range(200):
+@pytest.mark.parametrize("part", range(20))
+def test_a_host_that_is_killed_leaves_nothing_200_times(tmp_path, part):
+    rng = random.Random(600 + part)
+    for _ in range(10):
         kill_the_host_at(tmp_path, rng.uniform(0.02, 4.0))
 
 
 @pytest.mark.storm
-def test_a_guest_that_is_killed_200_times(tmp_path):
-    rng = random.Random(7)
-    for _ in range(200):
+@pytest.mark.parametrize("part", range(25))
+def test_a_guest_that_is_killed_200_times(tmp_path, part):
+    rng = random.Random(700 + part)
+    for _ in range(8):
         moment = rng.uniform(0.02, 2.5)
 
         def harm(moment=moment):
