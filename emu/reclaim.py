@@ -24,7 +24,7 @@ from emu.errors import BadValue, HostError
 from emu.mapping import RamMapping
 from emu.ranges import Ranges
 from emu.uffd import Features, Mode, Userfaultfd
-from emu.units import FRAME_SIZE, format_size, parse_size
+from emu.units import parse_size
 
 __all__ = ["DEFAULT_READAHEAD", "Reclaim", "StoreInfo"]
 
@@ -346,12 +346,3 @@ class Reclaim:
         batch = ranges if isinstance(ranges, Ranges) else Ranges.of(ranges)
         batch.check(self.frames, disjoint=True)
         return core.reclaim(function, batch, *more)
-
-
-def describe_store(info: StoreInfo) -> str:
-    """Return a store's content in a line."""
-    return (
-        f"{info.pages:,} pages stored, {info.same:,} of one word, {info.raw:,} uncompressed; "
-        f"{format_size(info.object_bytes)} for the others, pool {format_size(info.pool_resident)}, "
-        f"file {format_size(info.file_bytes)}, of {format_size(info.pages * FRAME_SIZE)}"
-    )

@@ -162,18 +162,27 @@ static uint64_t line_range(const struct emu_access *a, int i, uint64_t *gfn)
 	return range & 0xffff;
 }
 
-int emu_access_harvest(struct emu_region *r, uint64_t gfn, uint64_t count, int bits, uint8_t *ret)
+/* A call that needs the bits: *ret, or -errno. Then emu_region_leave(). */
+static int enter_tracked(struct emu_region *r, struct emu_access **ret)
 {
-	struct emu_access *a;
-	int err = emu_range_ok(r, gfn, count) ? emu_region_enter(r) : -ERANGE;
+	int err = emu_region_enter(r);
 
 	if (err)
 		return err;
-	a = access_of(r);
-	if (!a) {
-		emu_region_leave(r);
-		return -EOPNOTSUPP;
-	}
+	*ret = access_of(r);
+	if (*ret)
+		return 0;
+	emu_region_leave(r);
+	return -EOPNOTSUPP;
+}
+
+int emu_access_harvest(struct emu_region *r, uint64_t gfn, uint64_t count, int bits, uint8_t *ret)
+{
+	struct emu_access *a;
+	int err = emu_range_ok(r, gfn, count) ? enter_tracked(r, &a) : -ERANGE;
+
+	if (err)
+		return err;
 	pthread_mutex_lock(&a->lock);
 	for (uint64_t i = 0; i < count; i++) {
 		ret[i] = atomic_load_explicit(&a->bits[gfn + i], memory_order_relaxed) & bits;
@@ -212,15 +221,10 @@ int emu_access_scan(struct emu_region *r, uint64_t *ret)
 {
 	const uint64_t blocks = (r->frames + EMU_BLOCK_FRAMES - 1) / EMU_BLOCK_FRAMES;
 	struct emu_access *a;
-	int err = emu_region_enter(r);
+	int err = enter_tracked(r, &a);
 
 	if (err)
 		return err;
-	a = access_of(r);
-	if (!a) {
-		emu_region_leave(r);
-		return -EOPNOTSUPP;
-	}
 	for (int i = 0; i < AGES; i++)
 		ret[i] = 0;
 	pthread_mutex_lock(&a->lock);

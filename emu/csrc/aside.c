@@ -350,12 +350,8 @@ int64_t emu_aside_restore(struct emu_region *r, uint64_t gfn, uint64_t end, int 
 static int64_t over(struct emu_region *r, const struct emu_range *ranges, size_t n, int stamp, bool out)
 {
 	int64_t frames = 0;
-	int err = emu_ranges_check(r, ranges, n);
+	int err = emu_region_enter_at(r, ranges, n);
 
-	if (!err && atomic_load(&r->dead))
-		err = -EOWNERDEAD;
-	if (!err)
-		err = emu_region_enter(r);
 	if (err)
 		return err;
 	if (!r->aside)

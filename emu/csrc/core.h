@@ -179,6 +179,7 @@ extern _Thread_local struct emu_thread emu_thread __attribute__((tls_model("init
 
 /* region.c */
 int emu_region_enter(struct emu_region *r);
+int emu_region_enter_at(struct emu_region *r, const struct emu_range *ranges, size_t n);
 void emu_region_leave(struct emu_region *r);
 bool emu_registry_overlaps(uint64_t start, uint64_t len);
 struct emu_region *emu_registry_get(uint64_t addr, uint64_t *gfn_ret);
@@ -283,6 +284,7 @@ void emu_sigbus_block(void);
 
 /* service.c */
 int emu_service_start(struct emu_region *r, int cpu);
+int emu_thread_start(pthread_t *ret, void *(*body)(void *), void *arg, const char *name);
 void emu_service_stop(struct emu_region *r);
 void emu_service_die(struct emu_region *r, int err);
 void emu_service_refuse(struct emu_region *r, uint64_t gfn, uint64_t count);

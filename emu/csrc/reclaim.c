@@ -295,12 +295,8 @@ static int gather(struct batch *b, uint64_t gfn, uint64_t end)
 static int64_t reclaim(struct emu_region *r, const struct emu_range *ranges, size_t n, enum verb verb, int stamp)
 {
 	struct batch b; /* 33 KiB of stack, and only the head of it is set */
-	int err = emu_ranges_check(r, ranges, n);
+	int err = emu_region_enter_at(r, ranges, n);
 
-	if (!err && atomic_load(&r->dead))
-		err = -EOWNERDEAD;
-	if (!err)
-		err = emu_region_enter(r);
 	if (err)
 		return err;
 	b.r = r;

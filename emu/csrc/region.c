@@ -260,6 +260,16 @@ int emu_region_enter(struct emu_region *r)
 	return -ESHUTDOWN;
 }
 
+/* The same, for a call that takes or brings back what is in these ranges: nobody serves what a dead service left. */
+int emu_region_enter_at(struct emu_region *r, const struct emu_range *ranges, size_t n)
+{
+	int err = emu_ranges_check(r, ranges, n);
+
+	if (!err && atomic_load(&r->dead))
+		err = -EOWNERDEAD;
+	return err ? err : emu_region_enter(r);
+}
+
 void emu_region_leave(struct emu_region *r)
 {
 	if (atomic_fetch_sub(&r->calls, 1) == 1 && atomic_load(&r->closed))

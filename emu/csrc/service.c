@@ -300,26 +300,35 @@ static void *service(void *arg)
 	return NULL;
 }
 
-int emu_service_start(struct emu_region *r, int cpu)
+/* A thread of the core's own, with every signal blocked: the program's are for its own threads. */
+int emu_thread_start(pthread_t *ret, void *(*body)(void *), void *arg, const char *name)
 {
 	sigset_t all, old;
+	int err;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &old);
+	err = pthread_create(ret, NULL, body, arg);
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	if (!err)
+		pthread_setname_np(*ret, name);
+	return -err;
+}
+
+int emu_service_start(struct emu_region *r, int cpu)
+{
 	int err;
 
 	r->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (r->stop_fd < 0)
 		return -errno;
-	/* the program's signals are for its own threads */
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &old);
-	err = pthread_create(&r->thread, NULL, service, r);
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	err = emu_thread_start(&r->thread, service, r, "emu-fault");
 	if (err) {
 		close(r->stop_fd);
 		r->stop_fd = -1;
-		return -err;
+		return err;
 	}
 	r->have_thread = true;
-	pthread_setname_np(r->thread, "emu-fault");
 	if (cpu >= 0) {
 		cpu_set_t set;
 

@@ -198,7 +198,6 @@ static void *watcher(void *arg)
 void emu_sigbus_watch(bool on)
 {
 	pthread_condattr_t monotonic;
-	sigset_t all, old;
 
 	if (on == watch.running)
 		return;
@@ -216,12 +215,7 @@ void emu_sigbus_watch(bool on)
 	pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
 	pthread_cond_init(&watch.wake, &monotonic);
 	pthread_condattr_destroy(&monotonic);
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &old);
-	watch.running = !pthread_create(&watch.thread, NULL, watcher, NULL);
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
-	if (watch.running)
-		pthread_setname_np(watch.thread, "emu-sigbus");
+	watch.running = !emu_thread_start(&watch.thread, watcher, NULL, "emu-sigbus");
 }
 
 /* In a forked child: no region is left, nor the thread. The handler stays; all that it meets is foreign. */

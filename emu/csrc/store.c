@@ -339,18 +339,25 @@ int emu_store_read(struct emu_store *s, uint64_t at, uint32_t bytes, void *buffe
 
 /* ---- both */
 
+static void count(struct emu_store *s, const struct emu_slot *slot, int sign)
+{
+	atomic_fetch_add(&s->pages, sign);
+	if (slot->kind == EMU_SLOT_SAME) {
+		atomic_fetch_add(&s->same, sign);
+		return;
+	}
+	if (slot->len == EMU_FRAME_SIZE)
+		atomic_fetch_add(&s->raw, sign);
+	atomic_fetch_add(&s->object_bytes, sign * slot->len);
+}
+
 void emu_store_free(struct emu_store *s, const struct emu_slot *slot)
 {
 	uint32_t empty = NONE;
 
-	atomic_fetch_sub(&s->pages, 1);
-	if (slot->kind == EMU_SLOT_SAME) {
-		atomic_fetch_sub(&s->same, 1);
+	count(s, slot, -1);
+	if (slot->kind == EMU_SLOT_SAME)
 		return;
-	}
-	if (slot->len == EMU_FRAME_SIZE)
-		atomic_fetch_sub(&s->raw, 1);
-	atomic_fetch_sub(&s->object_bytes, slot->len);
 	lock(s);
 	if (slot->kind == EMU_SLOT_MEMORY)
 		empty = put_back(s, slot->at);
@@ -364,14 +371,7 @@ void emu_store_free(struct emu_store *s, const struct emu_slot *slot)
 /* Called when a slot is kept. */
 void emu_store_kept(struct emu_store *s, const struct emu_slot *slot)
 {
-	atomic_fetch_add(&s->pages, 1);
-	if (slot->kind == EMU_SLOT_SAME) {
-		atomic_fetch_add(&s->same, 1);
-		return;
-	}
-	if (slot->len == EMU_FRAME_SIZE)
-		atomic_fetch_add(&s->raw, 1);
-	atomic_fetch_add(&s->object_bytes, slot->len);
+	count(s, slot, 1);
 }
 
 void emu_store_failed(struct emu_store *s, int err)

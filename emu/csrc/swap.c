@@ -28,7 +28,6 @@
 
 #include <linux/futex.h>
 #include <sched.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -371,12 +370,8 @@ static int64_t swap_out(struct emu_region *r, const struct emu_range *ranges, si
 
 static int begin(struct emu_region *r, const struct emu_range *ranges, size_t n)
 {
-	int err = emu_ranges_check(r, ranges, n);
+	int err = emu_region_enter_at(r, ranges, n);
 
-	if (!err && atomic_load(&r->dead))
-		err = -EOWNERDEAD;
-	if (!err)
-		err = emu_region_enter(r);
 	if (!err && !swap_of(r)) {
 		emu_region_leave(r);
 		err = -EOPNOTSUPP;
@@ -669,20 +664,14 @@ int emu_swapd_start(struct emu_region *r)
 {
 	int err = begin(r, NULL, 0);
 	struct emu_swap *sw;
-	sigset_t all, old;
 
 	if (err)
 		return err;
 	sw = swap_of(r);
 	pthread_mutex_lock(&r->setup);
 	if (!sw->have_thread) {
-		sigfillset(&all);
-		pthread_sigmask(SIG_SETMASK, &all, &old);
-		err = -pthread_create(&sw->thread, NULL, swapd, r);
-		pthread_sigmask(SIG_SETMASK, &old, NULL);
+		err = emu_thread_start(&sw->thread, swapd, r, "emu-swapd");
 		sw->have_thread = !err;
-		if (!err)
-			pthread_setname_np(sw->thread, "emu-swapd");
 	}
 	pthread_mutex_unlock(&r->setup);
 	emu_region_leave(r);

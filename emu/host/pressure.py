@@ -1,4 +1,4 @@
-"""Real memory pressure, as the kernel tells it: stalls (PSI) and how near a cgroup is to its limit.
+"""Real memory pressure, as the kernel tells it: stalls (PSI).
 
 PSI (Documentation/accounting/psi.rst, 4.20): a file such as /proc/pressure/memory, or a cgroup's memory.pressure, with
 the share of the last 10, 60 and 300 seconds in which some, or all, tasks waited for memory, in per cent.
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from emu.errors import HostError
 
-__all__ = ["Pressure", "cgroup_room", "read_psi"]
+__all__ = ["Pressure", "read_psi"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +39,3 @@ def read_psi(path: str | Path = "/proc/pressure/memory") -> Pressure:
         )
     except (KeyError, ValueError):
         raise HostError(f"{path} isn't a PSI file") from None
-
-
-def cgroup_room(folder: str | Path) -> tuple[int, int | None]:
-    """Return the bytes that a cgroup (v2) holds, and its limit, memory.max; None: it has none. Raises HostError."""
-    try:
-        held = int((Path(folder) / "memory.current").read_text())
-        limit = (Path(folder) / "memory.max").read_text().strip()
-    except (OSError, ValueError) as error:
-        raise HostError(f"{folder} isn't a cgroup with a memory controller: {error}") from error
-    return held, None if limit == "max" else int(limit)

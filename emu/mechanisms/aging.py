@@ -15,46 +15,28 @@ from typing import Any, ClassVar
 
 from emu.guest.aging import Aging
 from emu.guest.kernel import GuestKernel
-from emu.guest.reporting import DEFAULT_DELAY, DEFAULT_ORDER
 from emu.host.hypervisor import Hypervisor
-from emu.mechanisms.reporting import (
-    REPORTING_CHAIN,
-    Reporting,
-    parse_delay,
-    parse_order,
-    parse_yes,
-)
-from emu.observe.chain import GUEST_ARROWS, Arrow
-from emu.observe.pagemap import Stage
+from emu.mechanisms.reporting import REPORTING_PARSERS, OverReporting, parse_yes
 from emu.units import FRAME_SIZE, format_size, parse_duration
 
 __all__ = ["AgingMechanism"]
 
 
 @dataclass(frozen=True, slots=True)
-class AgingMechanism:
+class AgingMechanism(OverReporting):
     """Aging and reporting. seconds and delay are in guest seconds."""
 
     seconds: float = 60.0
     feedback: bool = False
     regret: float = 0.05
-    order: int = DEFAULT_ORDER
-    delay: float = DEFAULT_DELAY
 
     name: ClassVar[str] = "aging"
     parsers: ClassVar[dict[str, Callable[[str], Any]]] = {
         "seconds": lambda text: parse_duration(text, "aging seconds"),
         "feedback": parse_yes,
         "regret": float,
-        "order": parse_order,
-        "delay": parse_delay,
+        **REPORTING_PARSERS,
     }
-    chain: ClassVar[tuple[Stage, ...]] = REPORTING_CHAIN
-    arrows: ClassVar[tuple[Arrow, ...]] = GUEST_ARROWS
-
-    @property
-    def _reporting(self) -> Reporting:
-        return Reporting(order=self.order, delay=self.delay)
 
     def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
         """Start the worker, and reporting."""

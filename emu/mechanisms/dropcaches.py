@@ -16,46 +16,28 @@ from typing import Any, ClassVar
 from emu.errors import BadValue, GuestIOError
 from emu.guest.kernel import GuestKernel
 from emu.guest.process import Process
-from emu.guest.reporting import DEFAULT_DELAY, DEFAULT_ORDER
 from emu.host.hypervisor import Hypervisor
-from emu.mechanisms.reporting import (
-    REPORTING_CHAIN,
-    Reporting,
-    parse_delay,
-    parse_order,
-    parse_yes,
-)
-from emu.observe.chain import GUEST_ARROWS, Arrow
-from emu.observe.pagemap import Stage
+from emu.mechanisms.reporting import REPORTING_PARSERS, OverReporting, parse_yes
 from emu.units import format_size, parse_duration, parse_size
 
 __all__ = ["DropCaches"]
 
 
 @dataclass(frozen=True, slots=True)
-class DropCaches:
+class DropCaches(OverReporting):
     """Reporting and drop_caches. every and delay are in seconds, after in bytes."""
 
     every: float = 30.0
     after: int | None = None
     sync: bool = True
-    order: int = DEFAULT_ORDER
-    delay: float = DEFAULT_DELAY
 
     name: ClassVar[str] = "reporting+dropcaches"
     parsers: ClassVar[dict[str, Callable[[str], Any]]] = {
         "every": lambda text: parse_duration(text, "every"),
         "after": lambda text: parse_size(text, "after"),
         "sync": parse_yes,
-        "order": parse_order,
-        "delay": parse_delay,
+        **REPORTING_PARSERS,
     }
-    chain: ClassVar[tuple[Stage, ...]] = REPORTING_CHAIN
-    arrows: ClassVar[tuple[Arrow, ...]] = GUEST_ARROWS
-
-    @property
-    def _reporting(self) -> Reporting:
-        return Reporting(order=self.order, delay=self.delay)
 
     def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
         """Bind reporting, and queue the first drop."""

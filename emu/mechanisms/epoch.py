@@ -13,30 +13,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from emu.guest.kernel import GuestKernel
-from emu.guest.pressure import PressureDriver
-from emu.guest.reporting import DEFAULT_DELAY, DEFAULT_ORDER
 from emu.host.budget import Budget, Limits
-from emu.host.hypervisor import Hypervisor
-from emu.host.squeeze import Squeeze
-from emu.mechanisms.reporting import REPORTING_CHAIN, Reporting, parse_delay, parse_order
-from emu.observe.chain import GUEST_ARROWS, Arrow
-from emu.observe.pagemap import Stage
-from emu.units import FRAME_SIZE, format_size, parse_duration, parse_size
+from emu.mechanisms.pressed import Pressed
+from emu.mechanisms.reporting import REPORTING_PARSERS
+from emu.units import parse_duration, parse_size
 
 __all__ = ["EpochMechanism"]
 
 
 @dataclass(frozen=True, slots=True)
-class EpochMechanism:
+class EpochMechanism(Pressed):
     """Epochs and reporting. low and step are bytes, times guest seconds."""
 
     low: int | None = None
     step: int = 64 << 20
     period: float = 1.0
     oldest: float = 60.0
-    order: int = DEFAULT_ORDER
-    delay: float = DEFAULT_DELAY
 
     name: ClassVar[str] = "epoch"
     parsers: ClassVar[dict[str, Callable[[str], Any]]] = {
@@ -44,48 +36,13 @@ class EpochMechanism:
         "step": lambda text: parse_size(text, "epoch step"),
         "period": lambda text: parse_duration(text, "epoch period"),
         "oldest": lambda text: parse_duration(text, "epoch oldest"),
-        "order": parse_order,
-        "delay": parse_delay,
+        **REPORTING_PARSERS,
     }
-    chain: ClassVar[tuple[Stage, ...]] = REPORTING_CHAIN
-    arrows: ClassVar[tuple[Arrow, ...]] = GUEST_ARROWS
 
     @property
-    def _reporting(self) -> Reporting:
-        return Reporting(order=self.order, delay=self.delay)
+    def _limit(self) -> int | None:
+        return self.low
 
-    def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
-        """Give the guest the driver of the pressure queue, and reporting; start looking at the footprint."""
-        budget = None
-        if self.low is not None:
-            limits = Limits(self.low, self.low, self.low)
-            budget = Budget(limits, "epoch@low", step=self.step, period=self.period, oldest=self.oldest)
-        self._reporting.attach(guest, host)
-        guest.pressure = PressureDriver(guest)
-        host.squeeze = None if budget is None else Squeeze(host, guest.pressure, budget)
-
-    def detach(self, guest: GuestKernel, host: Hypervisor) -> None:
-        """Stop."""
-        if host.squeeze is not None:
-            host.squeeze.stop()
-            host.squeeze = None
-        if guest.pressure is not None:
-            guest.end_worker(guest.pressure)
-            guest.pressure = None
-        self._reporting.detach(guest, host)
-
-    def panel(self, guest: GuestKernel, host: Hypervisor) -> list[tuple[str, str]]:
-        """The limit, requests, what they freed, and reporting's state."""
-        if guest.pressure is None:
-            return [("driver", "none")]
-        counters = guest.pressure.counters
-        return [
-            ("above", "asked by a fleet" if self.low is None else format_size(self.low)),
-            ("epochs", f"{counters['epochs']:,}"),
-            ("freed", format_size(counters["epoch_freed"] * FRAME_SIZE)),
-            *self._reporting.panel(guest, host)[:1],
-        ]
-
-    def pending(self, guest: GuestKernel) -> bool:
-        """Whether reporting has something; pressure comes when it comes."""
-        return self._reporting.pending(guest)
+    def _budget(self, limit: int) -> Budget:
+        limits = Limits(limit, limit, limit)
+        return Budget(limits, "epoch@low", step=self.step, period=self.period, oldest=self.oldest)

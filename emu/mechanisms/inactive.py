@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 from emu.errors import BadValue, HostError
 from emu.guest.inactive import Inactive
 from emu.guest.kernel import GuestKernel
-from emu.guest.reporting import DEFAULT_DELAY, DEFAULT_ORDER
 from emu.host.hypervisor import Hypervisor
-from emu.mechanisms.reporting import REPORTING_CHAIN, Reporting, parse_delay, parse_order, parse_yes
+from emu.mechanisms.reporting import REPORTING_CHAIN, REPORTING_PARSERS, OverReporting, parse_yes
 from emu.observe.chain import ASIDE_ARROWS, GUEST_ARROWS, Arrow
 from emu.observe.pagemap import Stage
 from emu.units import FRAME_SIZE, format_size, parse_duration
@@ -31,29 +30,22 @@ def _keep(text: str) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class InactiveMechanism:
+class InactiveMechanism(OverReporting):
     """The inactive queue, and reporting. seconds, keep and delay are in guest seconds."""
 
     seconds: float = 30.0
     keep: float | None = 30.0
     report: bool = True
-    order: int = DEFAULT_ORDER
-    delay: float = DEFAULT_DELAY
 
     name: ClassVar[str] = "inactive"
     parsers: ClassVar[dict[str, Callable[[str], Any]]] = {
         "seconds": lambda text: parse_duration(text, "inactive seconds"),
         "keep": _keep,
         "report": parse_yes,
-        "order": parse_order,
-        "delay": parse_delay,
+        **REPORTING_PARSERS,
     }
     chain: ClassVar[tuple[Stage, ...]] = (*REPORTING_CHAIN, Stage.ASIDE, Stage.DISCARDED)
     arrows: ClassVar[tuple[Arrow, ...]] = (*GUEST_ARROWS, *ASIDE_ARROWS)
-
-    @property
-    def _reporting(self) -> Reporting:
-        return Reporting(order=self.order, delay=self.delay)
 
     def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
         """Give the guest a driver over the host's inactive queue, and reporting."""

@@ -19,13 +19,13 @@ from emu.observe.pagemap import Stage
 from emu.units import FRAME_SIZE, format_size, parse_duration
 from emu.virtio.balloon import Feature
 
-__all__ = ["REPORTING_CHAIN", "Reporting", "parse_delay", "parse_order", "parse_yes"]
+__all__ = ["REPORTING_CHAIN", "REPORTING_PARSERS", "OverReporting", "Reporting", "parse_yes"]
 
 
 REPORTING_CHAIN = (*GUEST_CHAIN, Stage.HOST_OWNED)
 
 
-def parse_order(text: str) -> int:
+def _order(text: str) -> int:
     """Read a reporting order."""
     try:
         return int(text)
@@ -47,9 +47,12 @@ def parse_yes(text: str) -> bool:
     return text.lower() in ("yes", "true", "1")
 
 
-def parse_delay(text: str) -> float:
+def _delay(text: str) -> float:
     """Read a reporting delay."""
     return parse_duration(text, "reporting delay")
+
+
+REPORTING_PARSERS: dict[str, Callable[[str], Any]] = {"order": _order, "delay": _delay}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +66,7 @@ class Reporting:
 
     name: ClassVar[str] = "reporting"
     parsers: ClassVar[dict[str, Callable[[str], Any]]] = {
-        "order": parse_order,
-        "delay": parse_delay,
+        **REPORTING_PARSERS,
         "poison": _byte,
         "assigned_device": parse_yes,
     }
@@ -120,3 +122,18 @@ class Reporting:
     def pending(self, guest: GuestKernel) -> bool:
         """Whether a pass is queued or under way."""
         return guest.reporting is not None and guest.reporting.state is not ReportingState.IDLE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverReporting:
+    """What a mechanism has that frees memory in the guest and lets reporting hand it over. delay is in seconds."""
+
+    order: int = DEFAULT_ORDER
+    delay: float = DEFAULT_DELAY
+
+    chain: ClassVar[tuple[Stage, ...]] = REPORTING_CHAIN
+    arrows: ClassVar[tuple[Arrow, ...]] = GUEST_ARROWS
+
+    @property
+    def _reporting(self) -> Reporting:
+        return Reporting(order=self.order, delay=self.delay)
