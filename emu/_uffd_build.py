@@ -25,6 +25,7 @@ SOURCES = [
     "advise.c",
     "reclaim.c",
     "aside.c",
+    "move.c",
     "swap.c",
     "store.c",
     "lz4.c",

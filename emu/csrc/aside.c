@@ -266,7 +266,7 @@ int emu_aside_return(struct emu_region *r, uint64_t gfn)
 	if (!err)
 		left = true;
 	else if (r->have_move) /* no memory for a copy, perhaps */
-		err = emu_uffd_fill(r->uffd, EMU_FILL_MOVE, dst, side, EMU_FRAME_SIZE, false, &done, &eagain);
+		err = emu_move(r, gfn, 1, true, &done);
 	if (eagain)
 		emu_stat_add(r, EMU_STAT_uffd_eagain, eagain);
 	if (left)
@@ -290,9 +290,13 @@ static uint64_t replace(struct emu_region *r, uint64_t gfn, uint64_t n, int *err
 	unsigned eagain = 0;
 	uint64_t done, bytes;
 
-	*err = emu_uffd_fill(r->uffd, r->have_move ? EMU_FILL_MOVE : EMU_FILL_COPY, (uintptr_t)emu_frame(r, gfn),
-	                     emu_side(r, gfn), n << EMU_FRAME_SHIFT, false, &done, &eagain);
-	done >>= EMU_FRAME_SHIFT;
+	if (r->have_move) {
+		*err = emu_move(r, gfn, n, true, &done);
+	} else {
+		*err = emu_uffd_fill(r->uffd, EMU_FILL_COPY, (uintptr_t)emu_frame(r, gfn), emu_side(r, gfn), n << EMU_FRAME_SHIFT,
+		                     false, &done, &eagain);
+		done >>= EMU_FRAME_SHIFT;
+	}
 	if (*err == -EEXIST && r->have_move && r->service == EMU_SERVICE_THREAD) {
 		/* a marker (service.c, refuse), over which nothing can be moved, but copied */
 		*err = emu_uffd_fill(r->uffd, EMU_FILL_COPY, (uintptr_t)emu_frame(r, gfn + done), emu_side(r, gfn + done),
@@ -379,12 +383,14 @@ int64_t emu_bring_back(struct emu_region *r, const struct emu_range *ranges, siz
 /*
  * The second way, for at most RUN_COPY frames.  Two things that the kernel may do here: UFFDIO_COPY reads its source with
  * faults on, and would sleep on a hole in it until somebody serves a frame that we hold BUSY; so holes are looked for
- * first.  And MADV_DONTNEED that meets a page which it can't take has taken the ones before it; so pagemap is asked.
+ * first.  And MADV_DONTNEED goes from VMA to VMA: one that refuses (locked) ends it, with the ones before it taken; so
+ * pagemap is asked.  Past a hole it goes on; but a hole that the copy didn't meet was made since, behind our back.
  */
-static uint64_t capture_by_copy(struct emu_region *r, uint64_t gfn, uint64_t n, unsigned *eagain, int *err)
+static uint64_t capture_by_copy(struct emu_region *r, uint64_t gfn, uint64_t n, int *err)
 {
 	uint8_t *src = emu_frame(r, gfn), *dst = emu_side(r, gfn), absent[RUN_COPY];
 	uint64_t present = 0, copied = 0, done, bytes;
+	unsigned eagain = 0;
 
 	emu_gate_charge(r, (int64_t)n, EMU_GATE_FORCE);
 	*err = emu_uffd_writeprotect(r->uffd, (uintptr_t)src, n << EMU_FRAME_SHIFT, UFFDIO_WRITEPROTECT_MODE_WP);
@@ -394,7 +400,7 @@ static uint64_t capture_by_copy(struct emu_region *r, uint64_t gfn, uint64_t n, 
 			present++;
 		if (present)
 			*err = emu_uffd_fill(r->uffd, EMU_FILL_COPY, (uintptr_t)dst, src, present << EMU_FRAME_SHIFT, true, &copied,
-			                     eagain);
+			                     &eagain);
 		copied >>= EMU_FRAME_SHIFT;
 		if (!*err && present < n)
 			*err = -ENOENT;
@@ -406,33 +412,28 @@ static uint64_t capture_by_copy(struct emu_region *r, uint64_t gfn, uint64_t n, 
 		for (done = 0; done < copied && absent[done]; done++)
 			;
 		for (uint64_t i = done; i < copied; i++)
-			if (absent[i]) /* taken behind one that wasn't: back from its copy */
+			if (absent[i]) /* taken behind one that wasn't: back from its copy, or LOST at the next touch */
 				emu_uffd_fill(r->uffd, EMU_FILL_COPY, (uintptr_t)src + (i << EMU_FRAME_SHIFT),
-				              dst + (i << EMU_FRAME_SHIFT), EMU_FRAME_SIZE, false, &bytes, eagain);
+				              dst + (i << EMU_FRAME_SHIFT), EMU_FRAME_SIZE, false, &bytes, &eagain);
 		madvise(dst + (done << EMU_FRAME_SHIFT), (copied - done) << EMU_FRAME_SHIFT, MADV_DONTNEED);
 	}
 	if (done < n) /* those stay, writable; who met the protection is woken */
 		emu_uffd_writeprotect(r->uffd, (uintptr_t)src + (done << EMU_FRAME_SHIFT), (n - done) << EMU_FRAME_SHIFT, 0);
 	emu_gate_uncharge(r, (int64_t)n);
+	if (eagain)
+		emu_stat_add(r, EMU_STAT_uffd_eagain, eagain);
 	return done;
 }
 
 /* How many of the frames, BUSY and ours, are aside now, from the first on; *err is why the next one isn't. */
 static uint64_t capture(struct emu_region *r, uint64_t gfn, uint64_t n, int *err)
 {
-	const uint64_t src = (uintptr_t)emu_frame(r, gfn), dst = (uintptr_t)emu_side(r, gfn), len = n << EMU_FRAME_SHIFT;
-	unsigned eagain = 0;
-	uint64_t done = 0;
+	uint64_t done;
 
 	clear_places(r, gfn, n);
-	if (r->have_move) {
-		*err = emu_uffd_fill(r->uffd, EMU_FILL_MOVE, dst, (const void *)(uintptr_t)src, len, true, &done, &eagain);
-		done >>= EMU_FRAME_SHIFT;
-	} else {
-		done = capture_by_copy(r, gfn, n, &eagain, err);
-	}
-	if (eagain)
-		emu_stat_add(r, EMU_STAT_uffd_eagain, eagain);
+	if (!r->have_move)
+		return capture_by_copy(r, gfn, n, err);
+	*err = emu_move(r, gfn, n, false, &done);
 	return done;
 }
 

@@ -48,7 +48,7 @@
 	X(swap_failed) X(swap_corrupt) X(swap_dropped) X(swap_file_read) X(swap_file_written) X(pgfault_discarded)    \
 	X(gate_throttled) X(gate_failed) X(pool_frames)                                                                              \
 	X(poison_frames) X(unpoison_frames)                                                                           \
-	X(uffd_eagain) X(uffd_eexist) X(service_batches) X(service_messages)                                          \
+	X(uffd_eagain) X(uffd_eexist) X(uffd_miscounted) X(service_batches) X(service_messages)                       \
 	X(sigbus_rechained) X(ring_overflow)
 
 enum emu_stat {
@@ -264,6 +264,9 @@ int emu_uffd_fill(int fd, enum emu_fill how, uint64_t dst, const void *src, uint
                   unsigned *eagain);
 /* The ioctl that emu_uffd_fill() calls; a test puts a kernel of its own here. */
 extern int (*emu_uffd_ioctl)(int fd, unsigned long request, void *arg);
+
+/* move.c */
+int emu_move(struct emu_region *r, uint64_t gfn, uint64_t n, bool back, uint64_t *done);
 
 /* fault.c */
 int emu_fault_resolve(struct emu_region *r, uint64_t gfn, bool write, int how);

@@ -199,7 +199,6 @@ int emu_region_open(void *base, uint64_t frames, const struct emu_region_options
 	r->vectored = !(o->disable & EMU_NO_PROCESS_MADVISE) && emu_advise_vectored_probe();
 	r->fault_around = o->fault_around;
 	r->disable = o->disable;
-	r->have_move = o->move && !(o->disable & EMU_NO_MOVE);
 	r->have_wp = o->wp && !o->wp_async && !(o->disable & EMU_NO_WP);
 	r->have_wp_async = o->wp_async;
 	r->stop_fd = -1;
@@ -227,6 +226,7 @@ int emu_region_open(void *base, uint64_t frames, const struct emu_region_options
 	r->summary = (_Atomic uint32_t *)(r->tables + summary_at);
 	r->state = (_Atomic uint8_t *)(r->tables + r->tables_len - frames);
 	r->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC); /* -1: lazy_drop asks mincore */
+	r->have_move = o->move && r->pagemap_fd >= 0 && !(o->disable & EMU_NO_MOVE); /* move.c needs it */
 
 	err = registry_add(r);
 	if (err)

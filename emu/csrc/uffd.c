@@ -17,6 +17,7 @@
  *
  *   ENOENT              the source has a hole at src + done
  *   EBUSY               the source page is shared with a forked child, or was until somebody writes it; or pinned
+ *   EEXIST              on 6.18 perhaps pages that this very call has moved (move.c)
  */
 #include "core.h"
 

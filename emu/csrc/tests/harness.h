@@ -23,10 +23,9 @@ struct test {
 	int (*run)(void); /* 0 = passed, SKIPPED */
 };
 #define SKIPPED 77
-#define NOT_NOW 78 /* long, or not understood: by STORM alone */
 extern const struct test state_tests[], uffd_fill_tests[], fault_tests[], reclaim_tests[], rss_tests[],
                          ring_tests[], pagecache_tests[], aside_tests[], swap_tests[], gate_tests[], access_tests[],
-                         host_hard_cases_tests[], storm_tests[], host_storm_tests[];
+                         kernel_move_tests[], move_tests[], host_hard_cases_tests[], storm_tests[], host_storm_tests[];
 
 struct rig {
 	struct emu_region *r;
