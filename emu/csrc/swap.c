@@ -431,6 +431,14 @@ static uint64_t block_up(uint64_t at)
 	return (at + EMU_FRAME_SIZE - 1) & ~(uint64_t)(EMU_FRAME_SIZE - 1);
 }
 
+/* All lines of an object at once: the checksum would wait for one after another. */
+static void fetch_ahead(const struct emu_swap *sw, const struct emu_slot *slot)
+{
+	if (slot->kind == EMU_SLOT_MEMORY)
+		for (uint32_t at = 0; at < slot->len; at += 64)
+			__builtin_prefetch(emu_store_bytes(sw->store, slot) + at);
+}
+
 /* Pages of frames [gfn, gfn + n), all BUSY, into the buffer: how many, from the first on; *err: why not the next. */
 static uint32_t load_pages(struct emu_swap *sw, uint64_t gfn, uint32_t n, struct buffer *b, int *err)
 {
@@ -443,9 +451,8 @@ static uint32_t load_pages(struct emu_swap *sw, uint64_t gfn, uint32_t n, struct
 
 		if (slot->kind == EMU_SLOT_MEMORY)
 			bytes = emu_store_bytes(sw->store, slot);
-		if (i + 1 < n && slot[1].kind == EMU_SLOT_MEMORY) /* the next one's bytes are as cold as these were */
-			for (uint32_t at = 0; at < slot[1].len; at += 64)
-				__builtin_prefetch(emu_store_bytes(sw->store, &slot[1]) + at);
+		if (i + 1 < n)
+			fetch_ahead(sw, &slot[1]); /* the next one's bytes are as cold as these were */
 		if (slot->kind == EMU_SLOT_FILE && (slot->at < have || slot->at + slot->len > have_end)) {
 			/* from here to the last of the next ones that was written with it, whole blocks */
 			const uint64_t own_end = slot->at + slot->len;
@@ -510,13 +517,17 @@ static uint32_t claim_ahead(struct emu_region *r, struct emu_swap *sw, uint64_t 
 int emu_swap_in(struct emu_region *r, uint64_t gfn)
 {
 	struct emu_swap *sw = swap_of(r);
-	struct buffer *b = get_buffer(sw);
-	const uint32_t n = claim_ahead(r, sw, gfn);
+	struct buffer *b;
+	uint32_t n;
 	unsigned eagain = 0;
 	uint64_t done = 0;
+	uint32_t loaded;
 	int err, stop;
-	uint32_t loaded = load_pages(sw, gfn, n, b, &err);
 
+	fetch_ahead(sw, &sw->slot[gfn]);
+	b = get_buffer(sw);
+	n = claim_ahead(r, sw, gfn);
+	loaded = load_pages(sw, gfn, n, b, &err);
 	stop = err;
 	if (loaded) {
 		err = emu_uffd_fill(r->uffd, EMU_FILL_COPY, (uintptr_t)emu_frame(r, gfn), b->page,
