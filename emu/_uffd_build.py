@@ -27,6 +27,8 @@ SOURCES = [
     "aside.c",
     "move.c",
     "swap.c",
+    "swapout.c",
+    "swapin.c",
     "store.c",
     "lz4.c",
     "gate.c",
@@ -39,7 +41,7 @@ SOURCES = [
     "lru.c",
     "disk.c",
 ]
-HEADERS = ["emu.h", "core.h", "memmap.h", "store.h", "guestaccess.h", "uapi.h", "emu.cdef.h"]
+HEADERS = ["emu.h", "core.h", "memmap.h", "store.h", "swap.h", "guestaccess.h", "uapi.h", "emu.cdef.h"]
 
 # setuptools wants paths relative to the project's root
 _relative = [str((CSRC / name).relative_to(HERE.parent)) for name in SOURCES]

@@ -4,7 +4,7 @@
  *
  * Who owns what: region.c the struct and the registry, state.c the bytes, fault.c the way from a missing frame to a
  * present one, sigbus.c and service.c the two callers of fault.c, guestcopy.c and guestwalk.c every access to guest
- * memory, reclaim.c most ways back, aside.c and swap.c those by which a frame's content is kept.
+ * memory, reclaim.c most ways back, aside.c and swap.c (swapout.c, swapin.c) those by which a frame's content is kept.
  */
 #ifndef EMU_CORE_H
 #define EMU_CORE_H
@@ -342,7 +342,7 @@ void emu_aside_settle(struct emu_region *r, uint64_t gfn); /* after that, and af
 void emu_aside_free(struct emu_region *r);
 #define EMU_STAMP_SWAP 65535
 
-/* swap.c */
+/* swap.c, swapout.c, swapin.c */
 int emu_swap_in(struct emu_region *r, uint64_t gfn);
 uint64_t emu_swap_forget(struct emu_region *r, uint64_t gfn, uint64_t count);
 void emu_swapd_stop(struct emu_region *r);

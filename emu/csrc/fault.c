@@ -12,7 +12,7 @@
  *   RESIDENT, nothing: the fault was raised before another thread's install, and the access will go through.  The
  *   ZEROMAP   caller counts how often that happens to one address in a row
  *   ASIDE     brings the page back from the side region (aside.c)
- *   PRESERVED brings it back from the store, and perhaps its neighbours (swap.c)
+ *   PRESERVED brings it back from the store, and perhaps its neighbours (swapin.c)
  *   LOST,     refuses: the access must fail, never see zeros
  *   DISCARDED
  *

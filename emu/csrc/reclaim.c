@@ -207,7 +207,7 @@ static int flush(struct batch *b)
 	return err;
 }
 
-/* What the swapper has set aside (swap.c) isn't anybody else's to drop: the guest has never given it up. */
+/* What the swapper has set aside (swapout.c) isn't anybody else's to drop: the guest has never given it up. */
 static bool stamp_fits(const struct batch *b, uint64_t gfn)
 {
 	const int stamp = emu_aside_stamp(b->r, gfn);
