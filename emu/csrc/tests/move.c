@@ -13,6 +13,7 @@ enum { FRAMES = 256, FIRST = 20, COUNT = 200 };
 
 #define AT(first, n) (&(struct emu_range){ first, n, 0 }), 1
 
+static _Atomic bool miscounts; /* the service's thread has the hook, too */
 static int said, unsaid; /* pages of each move: counted ones, then others */
 static int64_t hidden;   /* pages that were moved uncounted */
 static bool in_the_way;
@@ -20,13 +21,18 @@ static bool in_the_way;
 /* What move_pages() does after a step that was tried again: pages move, and the next look at them finds them in the way. */
 static int miscounting(int fd, unsigned long request, void *arg)
 {
-	struct uffdio_move *move = arg, part = *move;
-	const uint64_t first = (uint64_t)said * EMU_FRAME_SIZE, then = (uint64_t)unsaid * EMU_FRAME_SIZE;
+	struct uffdio_move *move = arg, part;
+	uint64_t first, then;
 
-	if (request != UFFDIO_MOVE || in_the_way || move->len <= first) {
+	if (request != UFFDIO_MOVE || !atomic_load(&miscounts))
+		return ioctl(fd, request, arg);
+	first = (uint64_t)said * EMU_FRAME_SIZE;
+	then = (uint64_t)unsaid * EMU_FRAME_SIZE;
+	if (in_the_way || move->len <= first) {
 		in_the_way = false;
 		return ioctl(fd, request, arg);
 	}
+	part = *move;
 	part.len = first;
 	if (first)
 		CHECK_EQ(ioctl(fd, UFFDIO_MOVE, &part), 0);
@@ -51,21 +57,19 @@ static void verify(struct rig *rig)
 
 static void out_and_back(struct rig *rig)
 {
-	int (*real)(int, unsigned long, void *) = emu_uffd_ioctl;
-
 	CHECK_EQ(rig_run(rig, EMU_FILL, 0, FRAMES, 7, 1, NULL), 0);
-	emu_uffd_ioctl = miscounting;
+	atomic_store(&miscounts, true);
 	CHECK_EQ(emu_set_aside(rig->r, AT(FIRST, COUNT), 1), COUNT);
-	emu_uffd_ioctl = real;
+	atomic_store(&miscounts, false);
 	CHECK(hidden > 0);
 	CHECK_EQ(rig_stat(rig, "uffd_miscounted"), hidden);
 	CHECK_EQ(rig_stat(rig, "aside_skipped"), 0);
 	CHECK_EQ(rig_rss(rig), FRAMES - COUNT);
 	CHECK_EQ(rig_side_rss(rig), COUNT);
 	rig_check_books(rig);
-	emu_uffd_ioctl = miscounting;
+	atomic_store(&miscounts, true);
 	CHECK_EQ(emu_bring_back(rig->r, AT(0, FRAMES), -1), COUNT);
-	emu_uffd_ioctl = real;
+	atomic_store(&miscounts, false);
 	CHECK_EQ(rig_stat(rig, "uffd_miscounted"), hidden);
 	CHECK_EQ(rig_rss(rig), FRAMES);
 	CHECK_EQ(rig_side_rss(rig), 0);
@@ -79,8 +83,11 @@ static int pages_moved_unsaid(void)
 
 	for (int service = 0; service < 2; service++)
 		for (size_t i = 0; i < sizeof(steps) / sizeof(steps[0]); i++) {
-			struct rig *rig = rig_open_nth(service, FRAMES, 0);
+			int (*real)(int, unsigned long, void *) = emu_uffd_ioctl;
+			struct rig *rig;
 
+			emu_uffd_ioctl = miscounting;
+			rig = rig_open_nth(service, FRAMES, 0);
 			if (!rig || emu_region_aside_how(rig->r) != 2)
 				return SKIPPED;
 			said = steps[i][0];
@@ -88,6 +95,7 @@ static int pages_moved_unsaid(void)
 			hidden = 0;
 			out_and_back(rig);
 			rig_close(rig);
+			emu_uffd_ioctl = real;
 		}
 	return 0;
 }
