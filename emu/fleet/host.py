@@ -41,9 +41,11 @@ from emu.fleet.wire import Answer, Ask, Bad, Done, Frames, Go, Hello, Message, R
 from emu.gate import Gate
 from emu.host import budget as host_budget
 from emu.host.budget import Budget, GuestView, Request
-from emu.host.pressure import read_psi
+from emu.host.cgroup import memory_limits, room_bytes
+from emu.host.pressure import stall_percent
 from emu.observe.environment import environment
 from emu.observe.fleet import Believed, FleetResult, GuestResult, Sample
+from emu.units import FRAME_SIZE
 
 __all__ = ["run_fleet"]
 
@@ -373,10 +375,21 @@ class _Host:
             if not guest.dead
         ]
 
+    def _obey_cgroups(self) -> None:
+        room = room_bytes(memory_limits())
+        most = self.fleet.max if room is None else max(min(self.gate.charged + room, self.fleet.max), FRAME_SIZE)
+        self.budget.limits = self.fleet.limits.within(most)
+        self.gate.max = most
+        if most < self.fleet.max:
+            least = self.result.least_max_bytes
+            self.result.least_max_bytes = most if least is None else min(least, most)
+
     def _decide(self) -> None:
+        if self.fleet.cgroup:
+            self._obey_cgroups()
         stall = 0.0
         if self.fleet.psi is not None:
-            stall = read_psi(self.fleet.psi).some
+            stall = stall_percent(self.fleet.psi)
         by_name = {guest.spec.name: guest for guest in self.guests}
         for ask in self.budget.decide(self.now, self._views(), stall):
             guest = by_name[ask.guest]

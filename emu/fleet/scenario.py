@@ -26,8 +26,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from emu.clock import make_clock
 from emu.errors import BadValue, HostError
 from emu.host.budget import DEFAULT_ORDER, Limits, parse_order
+from emu.host.cgroup import memory_limits
 from emu.host.discard import parse_return
-from emu.host.pressure import read_psi
+from emu.host.pressure import stall_percent
 from emu.mechanisms import make_mechanism
 from emu.mechanisms.swap import SwapMechanism
 from emu.units import parse_duration, parse_ram_size, parse_size
@@ -75,7 +76,7 @@ class Fleet(_Table):
 
     silence: a guest's process that says nothing for so long is killed. wait: how long a charge at the gate waits.
     spread: the guests' turns lie evenly in time. psi: a file such as /proc/pressure/memory whose some avg10 drives the
-    budget, too.
+    budget, too. cgroup: max is lowered to what the limits of this process's cgroups leave room for.
     """
 
     max: Size
@@ -95,6 +96,7 @@ class Fleet(_Table):
     psi: str | None = None
     psi_low: float | None = None
     psi_high: float | None = None
+    cgroup: bool = False
     timeout: Seconds = 600.0
     guests: tuple[Guest, ...] = ()
 
@@ -167,9 +169,11 @@ def _check(fleet: Fleet) -> None:
         if (fleet.psi_low, fleet.psi_high) == (None, None):
             raise BadValue("psi needs psi_low or psi_high: per cent of stall above which the budget acts")
         try:
-            read_psi(fleet.psi)
+            stall_percent(fleet.psi)
         except HostError as error:
             raise BadValue(str(error)) from None
+    if fleet.cgroup and not memory_limits():
+        raise BadValue("cgroup: no memory limit is set above this process (memory.max, memory.limit_in_bytes)")
     for guest in fleet.guests:
         mechanism = make_mechanism(guest.mechanism)
         if isinstance(mechanism, SwapMechanism) and mechanism.max is not None:

@@ -97,6 +97,12 @@ class Limits:
                 "ascend, and be above 0"
             )
 
+    def within(self, most: int) -> "Limits":
+        """Return these, or, where max is above `most` bytes, the same shares of that."""
+        if most >= self.max:
+            return self
+        return Limits(low=max(self.low * most // self.max, 1), high=max(self.high * most // self.max, 1), max=most)
+
     @classmethod
     def of(cls, limit: int | str, low: int | str | None = None, high: int | str | None = None) -> "Limits":
         """Make limits from max, and 80 and 90 % of it where low and high aren't given."""
@@ -145,7 +151,8 @@ class _Guest:
 class Budget:
     """The policy. step: bytes a request; period, deadline: seconds; oldest, youngest: ages of an epoch, seconds.
 
-    stall_low, stall_high: shares of time that tasks stall for memory, as PSI has them (0 to 100); None: not looked at.
+    limits may be changed between two decisions. stall_low, stall_high: shares of time that tasks stall for memory, as
+    PSI has them (0 to 100); None: not looked at.
     again: seconds after which a guest that was purged, and is still above, is asked once more; None: ten deadlines.
     """
 

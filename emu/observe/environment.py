@@ -19,6 +19,7 @@ import psutil
 from emu import residency
 from emu._native import disabled
 from emu.errors import EmuError
+from emu.host.cgroup import memory_limits
 from emu.host.disk import DirectoryDisk
 from emu.ram import GuestRam
 from emu.uffd import Features, Probe, probe
@@ -38,28 +39,6 @@ def _chosen(path: str) -> str:
     # "always [madvise] never" -> madvise
     text = _read(path) or ""
     return text[text.find("[") + 1 : text.find("]")] if "[" in text else text or "unknown"
-
-
-def _cgroup_limit() -> int | None:
-    """Bytes of the tightest memory limit above this process, cgroup v2 or v1; None when there is none."""
-    limits = []
-    for line in (_read("/proc/self/cgroup") or "").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, name = Path("/sys/fs/cgroup"), "memory.max"
-        elif "memory" in controllers.split(","):
-            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
-        else:
-            continue
-        folder = root / path.lstrip("/")
-        while True:
-            text = _read(str(folder / name))
-            if text and text.isdigit() and int(text) < 1 << 60:
-                limits.append(int(text))
-            if folder == root or root not in folder.parents:
-                break
-            folder = folder.parent
-    return min(limits, default=None)
 
 
 def _cpu_model() -> str:
@@ -83,7 +62,7 @@ def environment() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "swap_bytes": psutil.swap_memory().total,
         "thp": _chosen("/sys/kernel/mm/transparent_hugepage/enabled"),
-        "cgroup_limit_bytes": _cgroup_limit(),
+        "cgroup_limit_bytes": min((each.limit for each in memory_limits()), default=None),
         "overcommit_memory": int(_read("/proc/sys/vm/overcommit_memory") or -1),
         "rlimit_as_bytes": None if rlimit == resource.RLIM_INFINITY else rlimit,
         "uffd_rung": can.rung.name.lower(),

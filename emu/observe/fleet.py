@@ -84,6 +84,8 @@ class FleetResult:
     max_bytes: int
     guests: list[GuestResult]
     peak_charged_bytes: int = 0
+    #: what max was lowered to by the host's cgroups, at its lowest; None: it wasn't
+    least_max_bytes: int | None = None
     peak_rss_bytes: int = 0
     rss_byte_seconds: float = 0.0
     seconds: float = 0.0

@@ -57,6 +57,10 @@ def _foot(result: FleetResult) -> list[str]:
     ]
     believed = [guest.believed for guest in result.guests if guest.believed.samples]
     sampled = [one.sampled for one in believed if one.sampled_samples]
+    if result.least_max_bytes is not None:
+        lines.append(
+            f"the host's cgroups: max was lowered to {format_size(result.least_max_bytes)} to stay below their limits"
+        )
     if believed:
         balloon, rss = (sum(getattr(one, k) for one in believed) / len(believed) for k in ("balloon", "rss"))
         estimated = f"; random samples the touched memory by {sum(sampled) / len(sampled):.1%}" if sampled else ""

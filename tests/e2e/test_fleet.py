@@ -303,10 +303,10 @@ def command(path):
     return [sys.executable, "-m", "emu", "run", str(path), "--json"]
 
 
-def write_toml(tmp_path):
+def write_toml(tmp_path, most='"200MiB"'):
     path = tmp_path / "fleet.toml"
     path.write_text(
-        f'[fleet]\nmax = "200MiB"\nspeed = 10\nstore = "{tmp_path}"\n'
+        f'[fleet]\nmax = {most}\nspeed = 10\nstore = "{tmp_path}"\n'
         '[[guest]]\nname = "vm"\ncount = 3\nram = "128MiB"\nmechanism = "none"\nworkload = "memhog"\n'
         'args = {size = "96MiB", rounds = 3, hold = "1s"}\n'
     )
@@ -373,6 +373,51 @@ def test_a_guest_that_is_killed_200_times(tmp_path, part):
         assert time.monotonic() - started < 40
         states = sorted(g.state for g in result.guests)
         assert states in (["ok"] * 3, ["killed", "ok", "ok"]), (moment, states, [g.detail for g in result.guests])
+
+
+@contextlib.contextmanager
+def cgroup(limit):
+    """A real one below this process's own, with a memory limit: (its folder, what moves a process there)."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            place, name = Path("/sys/fs/cgroup/memory") / path.lstrip("/"), "memory.limit_in_bytes"
+        elif controllers == "" and Path("/sys/fs/cgroup/cgroup.controllers").exists():
+            place, name = Path("/sys/fs/cgroup") / path.lstrip("/"), "memory.max"
+        else:
+            continue
+        own = place / f"emu-test-{os.getpid()}"
+        try:
+            own.mkdir()
+        except OSError as error:
+            pytest.skip(f"no cgroup of our own: {error}")
+        try:
+            (own / name).write_text(str(limit))
+        except OSError as error:
+            own.rmdir()
+            pytest.skip(f"no memory limit for a cgroup of our own: {error}")
+        try:
+            yield own
+        finally:
+            own.rmdir()
+        return
+    pytest.skip("no cgroup has a memory controller here")
+
+
+def test_a_fleet_stays_below_its_cgroups_limit(tmp_path):
+    """Three guests of 96 MiB with a budget of 1 GiB, in a cgroup of 280 MiB, processes and all: nobody is killed."""
+    path = write_toml(tmp_path, '"1GiB"\ncgroup = true')
+    with cgroup(280 * MIB) as own:
+        procs = str(own / "cgroup.procs")
+        script = 'echo $$ > "$0"; exec "$@"'
+        done = subprocess.run(["sh", "-c", script, procs, *command(path)], capture_output=True, text=True, timeout=90,
+                              check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["ok"]
+    assert result["swap_bytes"] > 0
+    assert 0 < result["least_max_bytes"] < 280 * MIB
+    assert result["peak_charged_bytes"] < 280 * MIB
 
 
 def test_the_command_line(tmp_path):

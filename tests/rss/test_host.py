@@ -7,8 +7,10 @@ import pytest
 import emu
 from emu._native import disabled
 from emu.errors import BadValue, GuestMemoryError, HostError
+from emu.frames import FrameState
 from emu.gate import Gate
 from emu.observe.pagemap import RESIDENT, Stage
+from emu.ram import GuestRam
 from emu.testing import StepClock
 from emu.workloads.cache import Cache
 from emu.workloads.memhog import Memhog
@@ -317,6 +319,34 @@ def test_a_purge_takes_all_and_at_once(tree):
 
 
 # ---- swap, the gate
+
+
+def test_the_worker_takes_what_it_is_told(disable, service):
+    """As many frames as it is kicked for, idle longest first; without a store or a worker it says so."""
+    if service == "off":
+        with GuestRam("16MiB", uffd="off") as ram, pytest.raises(HostError, match="set aside"):
+            ram.open_store()
+        return
+    with GuestRam("16MiB", service=service, disable=disable) as ram:
+        ram.open_store()
+        with pytest.raises(HostError, match="worker be started"):
+            ram.kick_swapd(1)
+        ram.start_swapd()
+        ram.track_accesses()
+        ram.fill(0, 4096, 11)
+        for _ in range(3):
+            ram.scan_ages()
+            ram.touch(1024, 3072)
+        ram.kick_swapd(1000, wait=True)
+        states = ram.states()
+        stored = ram.stats()["nr_preserved"]
+        assert 1000 <= stored <= 1024
+        assert states.count(bytes([FrameState.PRESERVED])) == states[:1024].count(bytes([FrameState.PRESERVED])) == stored
+        assert ram.store.pages == stored
+        assert ram.rss_bytes == (4096 - stored) * PAGE
+        assert ram.verify(0, 4096, 11) == []
+        with pytest.raises(BadValue, match="0 or more"):
+            ram.kick_swapd(-1)
 
 
 def test_swap_holds_a_guest_to_its_max(tmp_path, disable, service):
