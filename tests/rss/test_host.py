@@ -338,10 +338,10 @@ def test_the_worker_takes_what_it_is_told(disable, service):
             ram.scan_ages()
             ram.touch(1024, 3072)
         ram.kick_swapd(1000, wait=True)
-        states = ram.states()
+        states, preserved = ram.states(), bytes([FrameState.PRESERVED])
         stored = ram.stats()["nr_preserved"]
         assert 1000 <= stored <= 1024
-        assert states.count(bytes([FrameState.PRESERVED])) == states[:1024].count(bytes([FrameState.PRESERVED])) == stored
+        assert states.count(preserved) == states[:1024].count(preserved) == stored
         assert ram.store.pages == stored
         assert ram.rss_bytes == (4096 - stored) * PAGE
         assert ram.verify(0, 4096, 11) == []
