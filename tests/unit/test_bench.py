@@ -159,6 +159,8 @@ def test_rows_have_names_of_their_own_and_say_what_they_are():
         "discard-scattered+thread": 0.5,
         "install-512": 1.1,
         "set-aside": 150,
+        "set-aside-huge": 5.0,
+        "set-aside-huge+thread": 20.0,
         "swap-out-25": 1 / 1.5,
         "swap-out-50": 1 / 1.5,
         "swap-out-75": 1 / 1.5,
