@@ -39,6 +39,7 @@ DISABLE_NAMES = {
     "sigbus": 0,
     "poison": lib.EMU_NO_POISON,
     "process_madvise": lib.EMU_NO_PROCESS_MADVISE,
+    "pagemap": lib.EMU_NO_PAGEMAP,
     "pagemap_scan": 0,
     "move": lib.EMU_NO_MOVE,
     "wp": lib.EMU_NO_WP,
@@ -55,6 +56,8 @@ def disabled(more: str | Iterable[str] = ()) -> frozenset[str]:
     names = set(os.environ.get("EMU_DISABLE", "").replace(" ", "").split(","))
     names.update(more.replace(" ", "").split(",") if isinstance(more, str) else more)
     names.discard("")
+    if "pagemap" in names:
+        names.add("pagemap_scan")
     if unknown := names - DISABLE_NAMES.keys():
         raise BadValue(f"can't disable {sorted(unknown)[0]!r}: known are {', '.join(DISABLE_NAMES)}")
     return frozenset(names)

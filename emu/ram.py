@@ -113,6 +113,9 @@ class GuestRam(Reclaim):
         self.rung_reason = "asked for uffd=off"
         if write_tracking and (uffd == "off" or {"uffd", "move", "wp"} & off):
             raise HostError("write_tracking needs userfaultfd with WP_ASYNC and MOVE, and one of them is switched off")
+        pagemap = "pagemap" not in off and residency.has_pagemap()
+        if write_tracking and not pagemap:
+            raise HostError("write_tracking needs /proc/self/pagemap, which can't be read here")
         if uffd == "off":
             if service != "auto":
                 raise BadValue(f"service={service} needs userfaultfd, and uffd=off was asked for")
@@ -132,11 +135,12 @@ class GuestRam(Reclaim):
         inline = sigbus and service != "thread"
         required = Features.SIGBUS if inline else Features(0)
         mode = Mode.MISSING
-        # one way out of the guest, and never WP_ASYNC beside the second: it would lose writes (csrc/aside.c)
+        # one way out of the guest, and never WP_ASYNC beside the second: it would lose writes (csrc/aside.c); nor the
+        # first without pagemap, which tells what has moved (csrc/move.c)
         if write_tracking:
             required |= Features.PAGEFAULT_FLAG_WP | Features.WP_ASYNC | Features.MOVE
             mode |= Mode.WP
-        elif Features.MOVE in can.features and "move" not in off:
+        elif Features.MOVE in can.features and "move" not in off and pagemap:
             required |= Features.MOVE
         elif Features.PAGEFAULT_FLAG_WP in can.features and "wp" not in off:
             required |= Features.PAGEFAULT_FLAG_WP

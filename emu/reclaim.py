@@ -204,8 +204,8 @@ class Reclaim:
                 return
             if self._uffd is None or not self._core.aside_how:
                 raise HostError(
-                    "frames can't be set aside here: that needs userfaultfd with UFFDIO_MOVE (Linux 6.8) or write "
-                    "protection (5.7), not switched off: see emu doctor"
+                    "frames can't be set aside here: that needs userfaultfd with UFFDIO_MOVE (Linux 6.8) and "
+                    "/proc/self/pagemap, or with write protection (5.7), not switched off: see emu doctor"
                 )
             side = RamMapping(self.size)
             try:

@@ -23,7 +23,7 @@ from emu import _native
 from emu._native import ffi, lib
 from emu.errors import HostError
 
-__all__ = ["Look", "Scan", "Smaps", "mincore_bytes", "read_smaps", "rollup", "scan"]
+__all__ = ["Look", "Scan", "Smaps", "has_pagemap", "mincore_bytes", "read_smaps", "rollup", "scan"]
 
 _HEADER = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) ", re.MULTILINE)
 _FIELD = re.compile(rb"^(\w+): +(\d+) kB$", re.MULTILINE)
@@ -99,6 +99,15 @@ def rollup(pid: int | str = "self") -> Smaps:
             return _fields(file.read())
     except OSError as error:
         raise HostError(f"can't read /proc/{pid}/smaps_rollup: {os.strerror(error.errno or 0)}") from error
+
+
+def has_pagemap() -> bool:
+    """Whether this process may read where its own pages are: not without /proc, nor when it isn't dumpable."""
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            return len(file.read(8)) == 8
+    except OSError:
+        return False
 
 
 def scan(start: int, length: int) -> Scan | None:

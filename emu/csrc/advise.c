@@ -143,23 +143,23 @@ int emu_find(struct emu_region *r, uint64_t gfn, uint64_t count)
 	return mprotect(emu_frame(r, gfn), count << EMU_FRAME_SHIFT, PROT_READ | PROT_WRITE) ? -errno : 0;
 }
 
-/* Which of the pages from `at` on aren't there, neither in memory nor in swap. For frames held BUSY. */
-void emu_pages_absent(struct emu_region *r, const uint8_t *at, uint64_t count, uint8_t *ret)
+/* Where the pages from `at` on are (enum emu_there). For frames held BUSY. */
+void emu_pages_there(struct emu_region *r, const uint8_t *at, uint64_t count, uint8_t *ret)
 {
 	enum { PART = 512 };
 	uint64_t page = (uintptr_t)at >> EMU_FRAME_SHIFT, entry[PART];
 	unsigned char vec[PART];
 
 	for (; count > PART; at += PART * EMU_FRAME_SIZE, page += PART, ret += PART, count -= PART)
-		emu_pages_absent(r, at, PART, ret);
+		emu_pages_there(r, at, PART, ret);
 	if (r->pagemap_fd >= 0 && pread(r->pagemap_fd, entry, count * 8, (off_t)(page * 8)) == (ssize_t)(count * 8)) {
 		for (uint64_t i = 0; i < count; i++)
-			ret[i] = !(entry[i] & (PAGEMAP_PRESENT | PAGEMAP_SWAP));
+			ret[i] = entry[i] & PAGEMAP_PRESENT ? EMU_THERE : entry[i] & PAGEMAP_SWAP ? EMU_THERE_SWAP : EMU_NOWHERE;
 		return;
 	}
-	/* Without /proc only what is present can be known for sure; on a host with swap, "absent" may be swapped. */
-	memset(ret, 0, count);
+	/* Without /proc only what is present can be known for sure; on a host with swap, "nowhere" may be swapped. */
+	memset(ret, EMU_THERE, count);
 	if (!mincore((void *)(uintptr_t)at, count << EMU_FRAME_SHIFT, vec))
 		for (uint64_t i = 0; i < count; i++)
-			ret[i] = !(vec[i] & 1);
+			ret[i] = vec[i] & 1 ? EMU_THERE : EMU_NOWHERE;
 }

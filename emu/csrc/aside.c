@@ -384,19 +384,20 @@ int64_t emu_bring_back(struct emu_region *r, const struct emu_range *ranges, siz
  * The second way, for at most RUN_COPY frames.  Two things that the kernel may do here: UFFDIO_COPY reads its source with
  * faults on, and would sleep on a hole in it until somebody serves a frame that we hold BUSY; so holes are looked for
  * first.  And MADV_DONTNEED goes from VMA to VMA: one that refuses (locked) ends it, with the ones before it taken; so
- * pagemap is asked.  Past a hole it goes on; but a hole that the copy didn't meet was made since, behind our back.
+ * they are taken again, up to that one.  Past an unmapped place it goes on; but one that the copy didn't meet was made
+ * since, behind our back.
  */
 static uint64_t capture_by_copy(struct emu_region *r, uint64_t gfn, uint64_t n, int *err)
 {
-	uint8_t *src = emu_frame(r, gfn), *dst = emu_side(r, gfn), absent[RUN_COPY];
+	uint8_t *src = emu_frame(r, gfn), *dst = emu_side(r, gfn), there[RUN_COPY];
 	uint64_t present = 0, copied = 0, done, bytes;
 	unsigned eagain = 0;
 
 	emu_gate_charge(r, (int64_t)n, EMU_GATE_FORCE);
 	*err = emu_uffd_writeprotect(r->uffd, (uintptr_t)src, n << EMU_FRAME_SHIFT, UFFDIO_WRITEPROTECT_MODE_WP);
 	if (!*err) {
-		emu_pages_absent(r, src, n, absent);
-		while (present < n && !absent[present])
+		emu_pages_there(r, src, n, there);
+		while (present < n && there[present])
 			present++;
 		if (present)
 			*err = emu_uffd_fill(r->uffd, EMU_FILL_COPY, (uintptr_t)dst, src, present << EMU_FRAME_SHIFT, true, &copied,
@@ -408,11 +409,11 @@ static uint64_t capture_by_copy(struct emu_region *r, uint64_t gfn, uint64_t n, 
 	done = copied;
 	if (copied && madvise(src, copied << EMU_FRAME_SHIFT, MADV_DONTNEED)) {
 		*err = -errno;
-		emu_pages_absent(r, src, copied, absent);
-		for (done = 0; done < copied && absent[done]; done++)
-			;
+		for (done = 0; done < copied && !madvise(src + (done << EMU_FRAME_SHIFT), EMU_FRAME_SIZE, MADV_DONTNEED); done++)
+			; /* one by one, up to the one that refuses */
+		emu_pages_there(r, src, copied, there);
 		for (uint64_t i = done; i < copied; i++)
-			if (absent[i]) /* taken behind one that wasn't: back from its copy, or LOST at the next touch */
+			if (!there[i]) /* taken behind one that wasn't: back from its copy, or LOST at the next touch */
 				emu_uffd_fill(r->uffd, EMU_FILL_COPY, (uintptr_t)src + (i << EMU_FRAME_SHIFT),
 				              dst + (i << EMU_FRAME_SHIFT), EMU_FRAME_SIZE, false, &bytes, &eagain);
 		madvise(dst + (done << EMU_FRAME_SHIFT), (copied - done) << EMU_FRAME_SHIFT, MADV_DONTNEED);

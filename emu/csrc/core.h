@@ -271,7 +271,7 @@ int emu_move(struct emu_region *r, uint64_t gfn, uint64_t n, bool back, uint64_t
 /* fault.c */
 int emu_fault_resolve(struct emu_region *r, uint64_t gfn, bool write, int how);
 void emu_fault_unmark(struct emu_region *r, uint64_t gfn);
-int emu_fault_vanished(struct emu_region *r, uint64_t gfn);
+int emu_fault_vanished(struct emu_region *r, uint64_t gfn, bool signalled);
 int emu_fault_fill(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t prior, bool write, const void *src,
                    uint64_t *done);
 void emu_fault_forget(struct emu_region *r, uint64_t gfn);
@@ -323,7 +323,12 @@ static inline void emu_rss_mark(struct emu_region *r, uint64_t block)
 bool emu_advise_vectored_probe(void);
 void emu_advise_forked(void);
 int emu_advise(struct emu_region *r, const struct iovec *run, size_t n, int advice, enum emu_stat calls, size_t *done_runs);
-void emu_pages_absent(struct emu_region *r, const uint8_t *at, uint64_t count, uint8_t *ret);
+enum emu_there {
+	EMU_NOWHERE,
+	EMU_THERE_SWAP, /* pagemap's bit 62: swapped, under migration, or a marker (poison) */
+	EMU_THERE,      /* present */
+};
+void emu_pages_there(struct emu_region *r, const uint8_t *at, uint64_t count, uint8_t *ret);
 bool emu_can_lose(const struct emu_region *r);
 int emu_lose(struct emu_region *r, uint64_t gfn, uint64_t count); /* empty frames held BUSY: make accesses fail */
 int emu_find(struct emu_region *r, uint64_t gfn, uint64_t count);

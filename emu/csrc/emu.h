@@ -46,6 +46,7 @@ enum emu_service {
 #define EMU_NO_WP (1u << 6)
 #define EMU_NO_LZ4 (1u << 7)
 #define EMU_NO_MEMBARRIER (1u << 8)
+#define EMU_NO_PAGEMAP (1u << 9)
 
 /* Frames [gfn, gfn + count).  key seeds the content of the first one in fill and verify; the others count on. */
 struct emu_range {

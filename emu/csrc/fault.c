@@ -94,14 +94,20 @@ int emu_fault_fill(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t p
  * A fault came again and again on a frame that our books call present.  Is its page there?  If it isn't, it was taken
  * behind our back (a stray madvise on the mapping), and what it held is gone: the frame becomes LOST, since zeros would
  * hide that.  Asked under BUSY, so that no discard of ours can be taken for it.  Returns 0 if all is well.
+ *
+ * signalled: where the service is a thread, only a marker raises signals, and pagemap shows a marker as it does a swapped
+ * page; the kernel would have brought that one back.
  */
-int emu_fault_vanished(struct emu_region *r, uint64_t gfn)
+int emu_fault_vanished(struct emu_region *r, uint64_t gfn, bool signalled)
 {
-	uint8_t state = emu_state_load(r, gfn), absent;
+	const uint8_t least = signalled && r->service == EMU_SERVICE_THREAD ? EMU_THERE : EMU_THERE_SWAP;
+	uint8_t state = emu_state_load(r, gfn), there;
+	bool absent;
 
 	if ((state != EMU_RESIDENT && state != EMU_ZEROMAP) || !emu_state_try(r, gfn, state, EMU_BUSY))
 		return 0;
-	emu_pages_absent(r, emu_frame(r, gfn), 1, &absent);
+	emu_pages_there(r, emu_frame(r, gfn), 1, &there);
+	absent = there < least;
 	if (absent) {
 		emu_lose(r, gfn, 1);
 		emu_stat_add(r, EMU_STAT_pgfault_failed, 1);

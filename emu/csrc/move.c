@@ -15,7 +15,11 @@
  * is touched by nobody.  A place with a stale copy isn't empty: its mark says so.
  *
  * The look is /proc/self/pagemap's, which tells a hole from a page on its way to swap or to another node; mincore(2)
- * doesn't.  Without pagemap there is no move (region.c): the other way out takes its place.
+ * doesn't.  Without pagemap (no /proc, or a process that isn't dumpable) there is no move: emu/ram.py then opens the uffd
+ * for the other way out.
+ *
+ * pagemap doesn't tell a marker (service.c, refuse) from a swapped page.  The kernel moves nothing over a marker, so where
+ * there may be one, only a present page has arrived.
  */
 #include "core.h"
 
@@ -25,16 +29,17 @@
 static uint64_t arrived(struct emu_region *r, uint64_t gfn, uint64_t n, bool back)
 {
 	uint8_t *const src = back ? emu_side(r, gfn) : emu_frame(r, gfn), *const dst = back ? emu_frame(r, gfn) : emu_side(r, gfn);
-	uint8_t gone[LOOK], missing[LOOK];
+	const uint8_t least = back && r->service == EMU_SERVICE_THREAD ? EMU_THERE : EMU_THERE_SWAP;
+	uint8_t left[LOOK], come[LOOK];
 
 	for (uint64_t i = 0; i < n; i++) {
 		if (i % LOOK == 0) {
 			const uint64_t part = n - i < LOOK ? n - i : LOOK;
 
-			emu_pages_absent(r, src + (i << EMU_FRAME_SHIFT), part, gone);
-			emu_pages_absent(r, dst + (i << EMU_FRAME_SHIFT), part, missing);
+			emu_pages_there(r, src + (i << EMU_FRAME_SHIFT), part, left);
+			emu_pages_there(r, dst + (i << EMU_FRAME_SHIFT), part, come);
 		}
-		if (!gone[i % LOOK] || missing[i % LOOK] || (!back && atomic_load(&r->aside->stale[gfn + i])))
+		if (left[i % LOOK] || come[i % LOOK] < least || (!back && atomic_load(&r->aside->stale[gfn + i])))
 			return i;
 	}
 	return n;

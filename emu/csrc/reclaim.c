@@ -133,22 +133,22 @@ static int publish(struct batch *b, const struct iovec *run, const uint8_t *prio
 	const uint64_t gfn = (uint64_t)((uint8_t *)run->iov_base - base) >> EMU_FRAME_SHIFT;
 	const uint64_t n = run->iov_len >> EMU_FRAME_SHIFT;
 	const bool ask = how == FAILED || (how == DONE && b->verb == LAZY_DROP);
-	uint8_t absent[BATCH];
+	uint8_t there[BATCH];
 	int64_t frames = 0;
 	int err = 0;
 
 	if (ask)
-		emu_pages_absent(r, run->iov_base, n, absent);
+		emu_pages_there(r, run->iov_base, n, there);
 	if (how == DONE && (b->verb == POISON || b->verb == ASIDE_EVICT))
 		err = emu_lose(r, gfn, n); /* LOST in any case: the byte is the truth, and guarded accesses obey it */
 	if (how == DONE && b->verb == UNPOISON && (err = emu_find(r, gfn, n)))
 		how = UNTOUCHED;
 	for (uint64_t i = 0, end; i < n; i = end) {
-		const bool gone = ask && absent[i];
+		const bool gone = ask && !there[i];
 		uint8_t to = prior[i];
 
 		/* the frames from here on that share a fate */
-		for (end = i + 1; end < n && prior[end] == prior[i] && (!ask || absent[end] == absent[i]); end++)
+		for (end = i + 1; end < n && prior[end] == prior[i] && (!ask || !there[end] == !there[i]); end++)
 			;
 		if (how == DONE)
 			to = outcome(b->verb, prior[i], gone);

@@ -225,8 +225,8 @@ int emu_region_open(void *base, uint64_t frames, const struct emu_region_options
 	r->changed = (_Atomic uint8_t *)(r->tables + changed_at);
 	r->summary = (_Atomic uint32_t *)(r->tables + summary_at);
 	r->state = (_Atomic uint8_t *)(r->tables + r->tables_len - frames);
-	r->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC); /* -1: lazy_drop asks mincore */
-	r->have_move = o->move && r->pagemap_fd >= 0 && !(o->disable & EMU_NO_MOVE); /* move.c needs it */
+	r->pagemap_fd = o->disable & EMU_NO_PAGEMAP ? -1 : open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC); /* -1: mincore */
+	r->have_move = o->move && r->pagemap_fd >= 0 && !(o->disable & EMU_NO_MOVE); /* move.c looks there */
 
 	err = registry_add(r);
 	if (err)

@@ -117,7 +117,7 @@ static bool serve_one(struct emu_region *r, uint64_t gfn, bool write)
 
 	if (state == EMU_RESIDENT || state == EMU_ZEROMAP) {
 		emu_stat_add(r, EMU_STAT_pgfault_spurious, 1);
-		emu_fault_vanished(r, gfn);
+		emu_fault_vanished(r, gfn, false);
 	} else if (state == EMU_LOST || state == EMU_DISCARDED) { /* somebody's madvise has dropped its marker */
 		if (emu_state_try(r, gfn, state, EMU_BUSY)) {
 			emu_lose(r, gfn, 1);

@@ -324,7 +324,7 @@ static int serve(struct emu_region *r, uint64_t addr, uint64_t gfn, const siginf
 		return -EFAULT; /* the host's memory failed: nothing to install */
 	if (state == EMU_RESIDENT || state == EMU_ZEROMAP) {
 		emu_stat_add(r, EMU_STAT_pgfault_spurious, 1);
-		return loops(addr) ? emu_fault_vanished(r, gfn) : 0;
+		return loops(addr) ? emu_fault_vanished(r, gfn, true) : 0;
 	}
 	emu_thread.same_addr = 0;
 	/*

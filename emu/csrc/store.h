@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* store.h - what swap.c and the store say to each other: store.c, lz4.c. */
+/* store.h - where stored pages lie, for those who put them there and fetch them: store.c, lz4.c, swapout.c, swapin.c. */
 #ifndef EMU_STORE_H
 #define EMU_STORE_H
 

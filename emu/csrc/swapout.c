@@ -338,10 +338,11 @@ void emu_swapd_stop(struct emu_region *r)
 {
 	struct emu_swap *sw = emu_swap_of(r);
 
-	if (!sw || !atomic_exchange(&sw->have_thread, false))
+	if (!sw || !sw->have_thread)
 		return;
 	atomic_store(&sw->stop, true);
 	atomic_fetch_add(&sw->word, 1);
 	emu_futex(&sw->word, FUTEX_WAKE, 1);
 	pthread_join(sw->thread, NULL);
+	sw->have_thread = false;
 }

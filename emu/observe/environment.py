@@ -155,7 +155,11 @@ def _try_lazy() -> str:
 def _try_aside(how: str, without: str) -> str:
     with GuestRam(_SIZE, disable=without) as ram:
         if ram.aside_how != how:
-            raise EmuError("no UFFDIO_MOVE (Linux 6.8)" if how == "move" else "no write protection (Linux 5.7)")
+            raise EmuError(
+                "no UFFDIO_MOVE (Linux 6.8), or no /proc/self/pagemap"
+                if how == "move"
+                else "no write protection (Linux 5.7)"
+            )
         ram.fill(0, _FRAMES, seed=1)
         _expect(ram.set_aside([(0, _FRAMES)]), _FRAMES, "frames set aside")
         _expect((ram.rss_bytes, ram.side_bytes), (0, _SIZE), "RSS and aside")

@@ -584,6 +584,38 @@ def test_the_rungs_can_be_switched_off_one_by_one(monkeypatch):
         emu.GuestRam("1MiB", service="inline")
 
 
+@pytest.mark.parametrize("how", ["undumpable", "switched off"])
+def test_without_pagemap_frames_leave_by_the_other_way(how):
+    """Where /proc/self/pagemap can't be read, nothing is moved (csrc/move.c): write protection and a copy, instead."""
+    if emu.uffd.Features.PAGEFAULT_FLAG_WP not in emu.uffd.probe().features:
+        pytest.skip("no userfaultfd with write protection here")
+    if how == "undumpable" and os.geteuid() != 0:
+        pytest.skip("only root can become another user, for whom /proc is closed")
+    done = run_python(f"""
+        import ctypes, os
+        import emu
+        off = "pagemap"
+        if {how == "undumpable"}:
+            off = ""
+            os.setresuid(65534, 65534, 65534)
+            assert ctypes.CDLL(None).prctl(4, 0, 0, 0, 0) == 0  # PR_SET_DUMPABLE
+            assert not emu.residency.has_pagemap()
+        with emu.GuestRam("1MiB", disable=off) as ram:
+            ram.fill(0, 256, seed=1)
+            print(ram.aside_how, ram.set_aside([(0, 256)]), ram.stats()["nr_aside"], ram.mincore_bytes())
+            print(ram.verify(0, 256, seed=1), ram.stats()["aside_return"])
+            try:
+                emu.GuestRam("1MiB", disable=off, write_tracking=True)
+            except emu.HostError as error:
+                print(error)
+    """)
+    assert done.stdout.splitlines() == [
+        "wp 256 256 0",
+        "[] 256",
+        "write_tracking needs /proc/self/pagemap, which can't be read here",
+    ], done.stderr
+
+
 def test_the_stub_of_a_thread_service_without_poison_still_never_reads_zeros():
     """EMU_DISABLE=poison: a lost frame is inaccessible."""
     if emu.uffd.probe().rung == 0:

@@ -112,8 +112,12 @@ static int what_a_move_says(void)
 	pthread_t threads[3];
 
 	p = (struct places){ .uffd = emu_uffd_open(EMU_RUNG_FULL, 0, &info) };
-	if (p.uffd < 0 || emu_uffd_api(p.uffd, UFFD_FEATURE_SIGBUS | UFFD_FEATURE_MOVE, &features, &ioctls))
+	if (p.uffd < 0)
 		return SKIPPED;
+	if (emu_uffd_api(p.uffd, UFFD_FEATURE_SIGBUS | UFFD_FEATURE_MOVE, &features, &ioctls)) {
+		close(p.uffd);
+		return SKIPPED;
+	}
 	p.pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
 	for (int side = 0; side < 2; side++) {
 		p.page[side] = mmap(NULL, PAGES * EMU_FRAME_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

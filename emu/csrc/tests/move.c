@@ -47,6 +47,18 @@ static int miscounting(int fd, unsigned long request, void *arg)
 	return -1;
 }
 
+/* NULL: no MOVE here */
+static struct rig *moving(int service)
+{
+	struct rig *rig = rig_open_nth(service, FRAMES, 0);
+
+	if (rig && emu_region_aside_how(rig->r) != 2) {
+		rig_close(rig);
+		rig = NULL;
+	}
+	return rig;
+}
+
 static void verify(struct rig *rig)
 {
 	uint64_t bad;
@@ -87,9 +99,11 @@ static int pages_moved_unsaid(void)
 			struct rig *rig;
 
 			emu_uffd_ioctl = miscounting;
-			rig = rig_open_nth(service, FRAMES, 0);
-			if (!rig || emu_region_aside_how(rig->r) != 2)
+			rig = moving(service);
+			if (!rig) {
+				emu_uffd_ioctl = real;
 				return SKIPPED;
+			}
 			said = steps[i][0];
 			unsaid = steps[i][1];
 			hidden = 0;
@@ -103,12 +117,12 @@ static int pages_moved_unsaid(void)
 /* A page is in the way that isn't the moved one: that frame stays, and what it holds. */
 static int a_place_that_is_taken(void)
 {
-	struct rig *rig = rig_open_nth(0, FRAMES, 0);
+	struct rig *rig = moving(0);
 	uint8_t other[EMU_FRAME_SIZE] = { 1 };
 	uint64_t done;
 	unsigned eagain;
 
-	if (!rig || emu_region_aside_how(rig->r) != 2)
+	if (!rig)
 		return SKIPPED;
 	CHECK_EQ(rig_run(rig, EMU_FILL, 0, FRAMES, 7, 1, NULL), 0);
 	CHECK_EQ(emu_uffd_fill(rig->uffd, EMU_FILL_COPY, (uintptr_t)emu_side(rig->r, 50), other, sizeof(other), false, &done,
@@ -127,18 +141,20 @@ static int a_place_that_is_taken(void)
 /* An old copy that can't be cleared, and a frame taken behind our back: the copy isn't taken for the frame. */
 static int a_stale_copy_isnt_what_moved(void)
 {
-	struct rig *rig = rig_open_nth(0, FRAMES, 0);
+	struct rig *rig = moving(0);
 	uint8_t got[EMU_FRAME_SIZE];
 	struct emu_progress p;
 
-	if (!rig || emu_region_aside_how(rig->r) != 2)
+	if (!rig)
 		return SKIPPED;
 	CHECK_EQ(rig_run(rig, EMU_FILL, 0, FRAMES, 7, 1, NULL), 0);
 	CHECK_EQ(emu_set_aside(rig->r, AT(50, 1), 1), 1);
 	CHECK_EQ(emu_guest_read(rig->r, 50ull << EMU_FRAME_SHIFT, got, sizeof(got), &p), 0);
 	CHECK_EQ(rig_stat(rig, "aside_stale"), 1);
-	CHECK_EQ(syscall(SYS_mlock, emu_side(rig->r, 50), EMU_FRAME_SIZE), 0);
 	CHECK_EQ(madvise(emu_frame(rig->r, 50), EMU_FRAME_SIZE, MADV_DONTNEED), 0);
+	/* both: the kernel moves nothing between a locked VMA and one that isn't (validate_move_areas) */
+	CHECK_EQ(syscall(SYS_mlock2, emu_side(rig->r, 50), EMU_FRAME_SIZE, MLOCK_ONFAULT), 0);
+	CHECK_EQ(syscall(SYS_mlock2, emu_frame(rig->r, 50), EMU_FRAME_SIZE, MLOCK_ONFAULT), 0);
 	CHECK_EQ(emu_set_aside(rig->r, AT(50, 1), 1), 0);
 	CHECK_EQ(rig_stat(rig, "uffd_miscounted"), 0);
 	CHECK(emu_guest_read(rig->r, 50ull << EMU_FRAME_SHIFT, got, sizeof(got), &p) < 0);
@@ -148,9 +164,81 @@ static int a_stale_copy_isnt_what_moved(void)
 	return 0;
 }
 
+static int refusing(int fd, unsigned long request, void *arg)
+{
+	if (request != UFFDIO_MOVE || !atomic_load(&miscounts))
+		return ioctl(fd, request, arg);
+	((struct uffdio_move *)arg)->move = -EEXIST;
+	errno = EEXIST;
+	return -1;
+}
+
+/* A frame that is in neither place hasn't moved. It is lost, and says so. */
+static int what_is_nowhere_hasnt_moved(void)
+{
+	int (*real)(int, unsigned long, void *) = emu_uffd_ioctl;
+	uint8_t got[EMU_FRAME_SIZE];
+	struct emu_progress p;
+	struct rig *rig;
+
+	emu_uffd_ioctl = refusing;
+	rig = moving(0);
+	if (rig) {
+		CHECK_EQ(rig_run(rig, EMU_FILL, 0, FRAMES, 7, 1, NULL), 0);
+		CHECK_EQ(madvise(emu_frame(rig->r, 50), EMU_FRAME_SIZE, MADV_DONTNEED), 0);
+		atomic_store(&miscounts, true);
+		CHECK_EQ(emu_set_aside(rig->r, AT(50, 1), 1), 0);
+		atomic_store(&miscounts, false);
+		CHECK_EQ(rig_stat(rig, "uffd_miscounted"), 0);
+		CHECK_EQ(rig_stat(rig, "aside_skipped"), 1);
+		CHECK(emu_guest_read(rig->r, 50ull << EMU_FRAME_SHIFT, got, sizeof(got), &p) < 0);
+		CHECK_EQ(rig_stat(rig, "nr_lost"), 1);
+		rig_close(rig);
+	}
+	emu_uffd_ioctl = real;
+	return rig ? 0 : SKIPPED;
+}
+
+/* Nor has one whose target has a marker, which pagemap shows as it does a page in swap; a fault on that one is told, too. */
+static int a_marker_isnt_what_moved(void)
+{
+	int (*real)(int, unsigned long, void *) = emu_uffd_ioctl;
+	uint8_t got[EMU_FRAME_SIZE];
+	struct emu_progress p;
+	unsigned eagain = 0;
+	struct rig *rig;
+	uint64_t done;
+
+	emu_uffd_ioctl = refusing;
+	rig = moving(1);
+	if (rig && rig->r->have_poison) {
+		CHECK_EQ(rig_run(rig, EMU_FILL, 0, FRAMES, 7, 1, NULL), 0);
+		CHECK_EQ(emu_set_aside(rig->r, AT(50, 1), 1), 1);
+		CHECK_EQ(emu_uffd_fill(rig->uffd, EMU_FILL_POISON, (uintptr_t)emu_frame(rig->r, 50), NULL, EMU_FRAME_SIZE,
+		                       false, &done, &eagain), 0);
+		CHECK_EQ(madvise(emu_side(rig->r, 50), EMU_FRAME_SIZE, MADV_DONTNEED), 0);
+		atomic_store(&miscounts, true);
+		CHECK_EQ(emu_move(rig->r, 50, 1, true, &done), -EEXIST);
+		atomic_store(&miscounts, false);
+		CHECK_EQ(rig_stat(rig, "uffd_miscounted"), 0);
+		CHECK_EQ(madvise(emu_frame(rig->r, 60), EMU_FRAME_SIZE, MADV_DONTNEED), 0);
+		CHECK_EQ(emu_uffd_fill(rig->uffd, EMU_FILL_POISON, (uintptr_t)emu_frame(rig->r, 60), NULL, EMU_FRAME_SIZE,
+		                       false, &done, &eagain), 0);
+		CHECK(emu_guest_read(rig->r, 60ull << EMU_FRAME_SHIFT, got, sizeof(got), &p) < 0);
+		CHECK_EQ(rig_stat(rig, "nr_lost"), 1);
+	}
+	const int verdict = rig && rig->r->have_poison ? 0 : SKIPPED;
+	if (rig)
+		rig_close(rig);
+	emu_uffd_ioctl = real;
+	return verdict;
+}
+
 const struct test move_tests[] = {
 	{ "move: pages moved unsaid", pages_moved_unsaid },
 	{ "move: a place that is taken", a_place_that_is_taken },
 	{ "move: a stale copy isn't what moved", a_stale_copy_isnt_what_moved },
+	{ "move: what is nowhere hasn't moved", what_is_nowhere_hasnt_moved },
+	{ "move: a marker isn't what moved", a_marker_isnt_what_moved },
 	{ NULL, NULL },
 };
