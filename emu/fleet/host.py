@@ -36,12 +36,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from emu.errors import HostError
+from emu.fleet.ceiling import Ceiling
 from emu.fleet.scenario import Fleet, Guest
 from emu.fleet.wire import Answer, Ask, Bad, Done, Frames, Go, Hello, Message, Row, Status, Stop, encode
 from emu.gate import Gate
 from emu.host import budget as host_budget
 from emu.host.budget import Budget, GuestView, Request
-from emu.host.cgroup import memory_limits, room_bytes
 from emu.host.pressure import stall_percent
 from emu.observe.environment import environment
 from emu.observe.fleet import Believed, FleetResult, GuestResult, Sample
@@ -55,6 +55,7 @@ _READ = 1 << 18  # bytes of one guest in a tick
 _HELLO = 30.0  # seconds in which a guest must have said who it is
 _LAST_WORDS = 3.0  # seconds after the fleet's timeout
 _END = 20.0  # seconds in which it must have ended when it was told to
+_OVER_MAX = 2 << 20  # bytes a vCPU: what forced charges may add to max (csrc/gate.c)
 _PREFIX = "emu-fleet-"
 
 
@@ -146,12 +147,14 @@ class _Host:
         )
         self.listener, self.place = _listen()
         self.gate = Gate.create(fleet.max)
+        self.ceiling = Ceiling(self.gate, sum(_OVER_MAX * guest.cpus for guest in fleet.guests))
         self.selector = selectors.DefaultSelector()
         self.guests: list[_Guest] = []
         self.asks: dict[int, tuple[_Guest, host_budget.Ask]] = {}
         self.next_ask = 1
         self.t0 = time.monotonic()
         self.told_to_end = False
+        self.stall = 0.0
         self.strangers: dict[socket.socket, Frames] = {}
         settings = fleet.model_dump(exclude={"guests"}, mode="json")
         self.result = FleetResult(command, settings, environment(), fleet.max, [])
@@ -376,20 +379,28 @@ class _Host:
         ]
 
     def _obey_cgroups(self) -> None:
-        room = room_bytes(memory_limits())
-        most = self.fleet.max if room is None else max(min(self.gate.charged + room, self.fleet.max), FRAME_SIZE)
+        room = self.ceiling.most({guest.slot: guest.process.pid for guest in self.guests if not guest.dead})
+        most = self.fleet.max if room is None else max(min(room, self.fleet.max), FRAME_SIZE)
         self.budget.limits = self.fleet.limits.within(most)
         self.gate.max = most
         if most < self.fleet.max:
             least = self.result.least_max_bytes
             self.result.least_max_bytes = most if least is None else min(least, most)
 
+    def _pressure(self) -> float:
+        # what the kernel doesn't tell this time is as it was, and said once
+        try:
+            if self.fleet.cgroup:
+                self._obey_cgroups()
+            if self.fleet.psi is not None:
+                self.stall = stall_percent(self.fleet.psi)
+        except HostError as error:
+            if str(error) not in self.result.notes:
+                self.result.notes.append(str(error))
+        return self.stall
+
     def _decide(self) -> None:
-        if self.fleet.cgroup:
-            self._obey_cgroups()
-        stall = 0.0
-        if self.fleet.psi is not None:
-            stall = stall_percent(self.fleet.psi)
+        stall = self._pressure()
         by_name = {guest.spec.name: guest for guest in self.guests}
         for ask in self.budget.decide(self.now, self._views(), stall):
             guest = by_name[ask.guest]

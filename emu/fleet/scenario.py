@@ -28,6 +28,7 @@ from emu.errors import BadValue, HostError
 from emu.host.budget import DEFAULT_ORDER, Limits, parse_order
 from emu.host.cgroup import memory_limits
 from emu.host.discard import parse_return
+from emu.host.mounts import IN_MEMORY, filesystem
 from emu.host.pressure import stall_percent
 from emu.mechanisms import make_mechanism
 from emu.mechanisms.swap import SwapMechanism
@@ -172,8 +173,8 @@ def _check(fleet: Fleet) -> None:
             stall_percent(fleet.psi)
         except HostError as error:
             raise BadValue(str(error)) from None
-    if fleet.cgroup and not memory_limits():
-        raise BadValue("cgroup: no memory limit is set above this process (memory.max, memory.limit_in_bytes)")
+    if fleet.cgroup:
+        _check_cgroup(fleet)
     for guest in fleet.guests:
         mechanism = make_mechanism(guest.mechanism)
         if isinstance(mechanism, SwapMechanism) and mechanism.max is not None:
@@ -182,6 +183,22 @@ def _check(fleet: Fleet) -> None:
         if guest.disk is not None and not Path(guest.disk).exists():
             raise BadValue(f"{guest.name}: disk {guest.disk!r} doesn't exist")
         make_workload(guest.workload, guest.args, guest.seed)
+
+
+def _check_cgroup(fleet: Fleet) -> None:
+    try:
+        limits = memory_limits()
+    except HostError as error:
+        raise BadValue(f"cgroup: {error}") from None
+    if not limits:
+        raise BadValue(
+            "cgroup: no memory limit is seen above this process (memory.max, memory.high, memory.limit_in_bytes)"
+        )
+    mechanisms = [make_mechanism(guest.mechanism) for guest in fleet.guests]
+    stores = {fleet.store} | {one.file for one in mechanisms if isinstance(one, SwapMechanism)}
+    for store in filter(None, stores):
+        if Path(store).exists() and (kind := filesystem(store)) in IN_MEMORY:
+            raise BadValue(f"store {store!r} is memory ({kind}), which the cgroup's limit counts: name one on a disk")
 
 
 def read_fleet(

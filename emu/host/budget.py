@@ -8,6 +8,9 @@ The lines of defence, and the footprint above which each is manned, are a settin
     epoch@low > purge+swap@high         as the linux-mm thread on free page reporting has it (January 2020): the
                                         purge request is level with swapping, as a last resort
 
+A line is over when the footprint is a 64th below its level: at the level itself one frame more or less would end it and
+begin it again.
+
 Below max a footprint can be above low or high; max itself is held by the charge gate (emu.gate), where guests wait. So
 a fleet is at max when less than 1/64 of it is left.
 
@@ -33,6 +36,9 @@ from emu.errors import BadValue
 from emu.units import format_size, parse_size
 
 __all__ = ["DEFAULT_ORDER", "THREAD_ORDER", "Ask", "Budget", "GuestView", "Limits", "Request", "parse_order"]
+
+
+_CALM = 64
 
 
 class Request(enum.StrEnum):
@@ -140,7 +146,7 @@ class Ask:
 @dataclass(slots=True)
 class _Guest:
     age: float
-    turn: float = 0.0  # when it may be asked for an epoch step
+    turn: float = float("-inf")  # when it may be asked for an epoch step
     purged: float = float("-inf")  # when it was asked for a purge last
     #: what it has been asked for, and hasn't answered: request -> (deadline, size)
     pending: dict[Request, tuple[float, int]] = field(default_factory=dict)
@@ -225,7 +231,8 @@ class Budget:
         asks: list[Ask] = []
         for line in self.lines:
             if not self._above(line.level, total, stall):
-                self._calm(now, line)
+                if not self._above(line.level, total + self._limit(line.level) // _CALM, stall):
+                    self._calm(now, line)
                 continue
             for request in line.requests:
                 asks += self._ask(now, request, line.level, total, guests)
@@ -275,7 +282,10 @@ class Budget:
         if Request.EPOCH not in self._began:
             self._began[Request.EPOCH] = now
             for i, view in enumerate(able):
-                self._guests[view.name].turn = now + (self.period * i / len(able) if self.spread else 0.0)
+                guest = self._guests[view.name]
+                # turns that it still has stay: pressure that comes and goes would always meet the same one first
+                if guest.turn <= now - self.period or not self.spread:
+                    guest.turn = max(guest.turn, now + (self.period * i / len(able) if self.spread else 0.0))
         excess = max(total - self.limits.low, self.step)
         share = min(self.step, -(-excess // max(len(able), 1)))
         asks = []

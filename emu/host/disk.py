@@ -8,10 +8,8 @@ behind (POSIX_FADV_DONTNEED). Which one was used is chosen and said per file: `a
 A directory's paths are resolved by the host's kernel below the root and nowhere else (csrc/disk.c).
 """
 
-import contextlib
 import errno
 import fcntl
-import functools
 import os
 import stat
 from collections.abc import Callable
@@ -19,34 +17,18 @@ from pathlib import Path
 
 from emu._native import ffi, lib
 from emu.errors import BadValue, HostError
+from emu.host.mounts import IN_MEMORY, filesystem
 from emu.units import FRAME_SIZE
 from emu.virtio.disk import DirEntry
 
 __all__ = ["DirectoryDisk", "HostFile", "ImageDisk", "open_disk"]
 
 _COUNTERS = ("reads", "read_bytes", "writes", "written_bytes", "syncs", "direct_bytes", "buffered_bytes")
-_TMPFS = "tmpfs"
 _IMAGE = "vda"  # as Linux calls the first virtio-blk disk
 
 
 def _counters() -> dict[str, int]:
     return dict.fromkeys((f"disk_{name}" for name in _COUNTERS), 0)
-
-
-@functools.lru_cache(maxsize=64)
-def _filesystem_of(device: int) -> str | None:
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo") as mounts:
-        for line in mounts:
-            fields = line.split()
-            if fields[2] == wanted:
-                return fields[fields.index("-") + 1]
-    return None
-
-
-def filesystem(fd: int) -> str | None:
-    """Return the type of the file system that an open file is on, as mountinfo has it; None: it can't be told."""
-    return _filesystem_of(os.fstat(fd).st_dev)  # os.fstatvfs has no f_type
 
 
 class HostFile:
@@ -61,7 +43,7 @@ class HostFile:
         status = os.fstat(fd)
         self.key = (status.st_dev, status.st_ino)
         # tmpfs takes the flag since 6.6, and is memory all the same
-        self.access = "memory" if filesystem(fd) == _TMPFS else "direct" if self._go_direct(align) else "buffered"
+        self.access = "memory" if filesystem(fd) in IN_MEMORY else "direct" if self._go_direct(align) else "buffered"
         if self.access != "direct":
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no readahead of the host's
 

@@ -18,11 +18,10 @@ def stall_percent(path: str | Path) -> float:
     except OSError as error:
         raise HostError(f"no memory pressure from {path}: {error.strerror} (CONFIG_PSI, psi=1?)") from error
     for line in text.splitlines():
-        kind, *fields = line.split()
-        values = dict(field.partition("=")[::2] for field in fields)
+        kind, _, fields = line.partition(" ")
         if kind == "some":
             try:
-                return float(values["avg10"])
+                return float(dict(field.partition("=")[::2] for field in fields.split())["avg10"])
             except (KeyError, ValueError):
                 break
     raise HostError(f"{path} isn't a PSI file")

@@ -28,6 +28,30 @@ def test_below_low_nobody_is_asked():
     assert budget.decide(10.0, views(800)) == []
 
 
+def test_pressure_that_comes_and_goes_meets_all_guests_in_turn():
+    budget = Budget(LIMITS, step=16 * MIB, period=1.0)
+    asked = {}
+    for tick in range(40):
+        for ask in budget.decide(tick * 0.05, views(210, 190, 190, 211 if tick % 3 else 180)):
+            asked[ask.guest] = asked.get(ask.guest, 0) + 1
+            budget.answered(ask, 0)
+    assert sorted(asked) == ["g0", "g1", "g2", "g3"]
+    assert all(count <= 3 for count in asked.values())
+
+
+def test_a_line_is_over_a_64th_below_its_level():
+    budget = Budget(LIMITS, oldest=64.0, period=1.0)
+    (ask,) = budget.decide(0.0, views(801))
+    budget.answered(ask, 0)
+    assert budget.decide(2.0, views(799)) == []  # no longer above, but not over
+    (ask,) = budget.decide(3.0, views(801))
+    assert ask.age == 32.0
+    budget.answered(ask, 0)
+    assert budget.decide(5.0, views(780)) == []
+    (ask,) = budget.decide(6.0, views(801))
+    assert ask.age == 64.0
+
+
 def test_the_epoch_moves_forward_while_guests_have_less_than_they_were_asked_for():
     budget = Budget(LIMITS, oldest=64.0, youngest=1.0, period=1.0)
     ages = []
