@@ -1,5 +1,7 @@
 """Shared set-up: hypothesis profiles, skips with a reason, and a check that not everything was skipped."""
 
+import signal
+
 import hypothesis
 import pytest
 
@@ -21,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--storm"):
         hypothesis.settings.load_profile("storm")
+    # what a shell runs in the background ignores it, and so would every command that is tested
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
