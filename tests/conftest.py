@@ -23,8 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--storm"):
         hypothesis.settings.load_profile("storm")
-    # what a shell runs in the background ignores it, and so would every command that is tested
+    # what a shell runs in the background ignores these, and so would every command that is tested
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
