@@ -1,5 +1,6 @@
 """A command on a pseudo-terminal: what it wrote, keys, sizes, signals, and whether it left the terminal as it was."""
 
+import codecs
 import fcntl
 import os
 import pty
@@ -23,6 +24,7 @@ class Terminal:
         self.resize(width, height)
         self.before = termios.tcgetattr(self._terminal)
         self.seen = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.child = subprocess.Popen(
             argv,
             stdin=self._terminal,
@@ -33,6 +35,7 @@ class Terminal:
         )
 
     def resize(self, width, height):
+        self.width, self.height = width, height
         fcntl.ioctl(self.control, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
 
     def _read(self, timeout):
@@ -42,7 +45,7 @@ class Terminal:
             data = os.read(self.control, 1 << 16)
         except OSError:
             return False
-        self.seen += data.decode(errors="replace")
+        self.seen += self._decoder.decode(data)  # a character may come in two reads
         return bool(data)
 
     def wait_for(self, test, timeout=30):
@@ -58,9 +61,12 @@ class Terminal:
 
     @property
     def frame(self):
-        """The lines of the last whole picture on the alternate screen."""
-        pictures = self.seen.split("\x1b[H")
-        return [_CONTROL.sub("", line) for line in pictures[-1].split("\r\n")]
+        """The lines of the last whole picture on the alternate screen: one that fills it to the last column."""
+        for picture in reversed(self.seen.split("\x1b[H")[1:]):
+            lines = [_CONTROL.sub("", line) for line in picture.partition("\x1b[?1049l")[0].split("\r\n")]
+            if len(lines) == self.height and len(lines[-1]) >= self.width:
+                return lines
+        return [""]
 
     @property
     def raw_mode(self):
