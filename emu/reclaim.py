@@ -11,6 +11,7 @@ Ranges are [(gfn, count), ...] in frames and must not overlap. A frame that isn'
 """
 
 import os
+import stat
 import tempfile
 import threading
 from collections.abc import Iterable, Sequence
@@ -53,17 +54,22 @@ class StoreInfo:
 
 
 def _open_store_file(path: Path) -> tuple[int, bool]:
-    # A file without a name, whatever path is: a directory to make one in, or a file (or device) to use. O_DIRECT where
-    # the file system has it.
+    # A file without a name in a directory; or an empty file, or a block device, to use. O_DIRECT where the file system
+    # has it.
     flags = os.O_RDWR | os.O_CLOEXEC
     if not path.is_dir():
         try:
-            return os.open(path, flags | os.O_DIRECT), True
+            fd, direct = os.open(path, flags | os.O_DIRECT), True
         except OSError:
-            return os.open(path, flags), False
-    for direct in (os.O_DIRECT, 0):
+            fd, direct = os.open(path, flags), False
+        status = os.fstat(fd)
+        if stat.S_ISBLK(status.st_mode) or (stat.S_ISREG(status.st_mode) and not status.st_size):
+            return fd, direct
+        os.close(fd)
+        raise HostError(f"{path} isn't for a store: it must be a directory, an empty file, or a block device")
+    for how in (os.O_DIRECT, 0):
         try:
-            return os.open(path, flags | direct | os.O_TMPFILE, 0o600), bool(direct)
+            return os.open(path, flags | how | os.O_TMPFILE, 0o600), bool(how)
         except OSError:
             continue
     fd, name = tempfile.mkstemp(prefix="emu-store-", dir=path)
@@ -72,9 +78,11 @@ def _open_store_file(path: Path) -> tuple[int, bool]:
 
 
 class StoreFile:
-    """The file of a store: open, and without a name if emu made it."""
+    """The file of a store: open, and without a name if emu made it. One that has a name is left empty."""
 
     def __init__(self, path: str | Path) -> None:
+        if not str(path):
+            raise BadValue("store file '' is no path: name a directory, an empty file, or a block device")
         self.path = Path(path)
         try:
             self.fd, self.direct = _open_store_file(self.path)
@@ -85,6 +93,8 @@ class StoreFile:
         """Close it. A second call does nothing."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                os.ftruncate(fd, 0)
             os.close(fd)
 
 
@@ -230,8 +240,9 @@ class Reclaim:
         """Open the store that swap_out() needs; once.
 
         memory: bytes or text of the pool for compressed pages, by default as much as the RAM; 0: none. file: a
-        directory of the host, in which a file without a name is made, or a file or device to use; taken when the pool
-        is full. file_size: what it may grow to, by default the RAM's size. readahead: pages, 1 to 32. Raises HostError.
+        directory of the host, in which a file without a name is made, or an empty file or a block device to use; taken
+        when the pool is full. file_size: what it may grow to, by default the RAM's size. readahead: pages, 1 to 32.
+        Raises HostError.
         """
         pool = self.size if memory is None else parse_size(memory, "store memory")
         limit = 0 if file is None else self.size if file_size is None else parse_size(file_size, "store file")

@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
         signal.signal(signal.SIGHUP, _terminated)
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     errors = Console(stderr=True, highlight=False, markup=False)
     errors.soft_wrap = not errors.is_terminal  # a terminal wraps at words, a file gets one line
     try:

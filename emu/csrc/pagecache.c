@@ -35,6 +35,10 @@ static int slots_resize(struct emu_space *s, uint64_t pages)
 
 	if (bytes <= old)
 		return 0;
+	if (s->len >= bytes) { /* a file that was cut: its mapping is as long as it was, and what was cut off is zeros */
+		s->nr_slots = pages;
+		return 0;
+	}
 	if (bytes < BIG) {
 		slot = realloc(s->slot, bytes);
 		if (!slot)
@@ -43,10 +47,6 @@ static int slots_resize(struct emu_space *s, uint64_t pages)
 	} else {
 		size_t len = (bytes * 2 + 4095) & ~(size_t)4095; /* doubled, since a log grows by a page at a time */
 
-		if (s->len >= bytes) {
-			s->nr_slots = pages;
-			return 0;
-		}
 		if (s->len) {
 			slot = mremap(s->slot, s->len, len, MREMAP_MAYMOVE);
 			if (slot == MAP_FAILED)

@@ -266,6 +266,7 @@ def _machine(settings: dict[str, Any]) -> Machine:
 def main() -> int:
     """Be the guest that descriptor 0 describes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for the host, who ends us
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     settings: dict[str, Any] = json.loads(sys.stdin.readline())
     _die_with_the_host(settings["parent"])
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

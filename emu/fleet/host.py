@@ -59,9 +59,13 @@ _OVER_MAX = 2 << 20  # bytes a vCPU: what forced charges may add to max (csrc/ga
 _PREFIX = "emu-fleet-"
 
 
+def _runtime() -> str:
+    return os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+
+
 def _listen() -> tuple[socket.socket, int]:
     """Return a listening socket, and a descriptor of its place: the name is gone when this returns."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    runtime = _runtime()
     _clear_stale(Path(runtime))
     folder = tempfile.mkdtemp(prefix=_PREFIX, dir=runtime)
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -183,12 +187,17 @@ class _Host:
             **spec.model_dump(include={"name", "ram", "mechanism", "on_return", "workload", "args", "seed", "disk"}),
             **spec.model_dump(include={"service", "cpus"}),
         }
-        process = subprocess.Popen(
-            [sys.executable, "-m", "emu.fleet.guest"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            pass_fds=(self.place, self.gate.fileno()),
-        )
+        # the terminal's interrupt is for us: it waits in the guest until that one ignores it (fleet/guest.py)
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "emu.fleet.guest"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(self.place, self.gate.fileno()),
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
         result = GuestResult(spec.name, spec.mechanism, spec.workload, spec.ram)
         guest = _Guest(spec, slot, result, token, process, os.pidfd_open(process.pid), self.now)
         guest.heard = self.now
@@ -548,7 +557,7 @@ def run_fleet(
     try:
         host = _Host(fleet, command, on_sample)
     except OSError as error:
-        raise HostError(f"the fleet's socket: {error.strerror}") from error
+        raise HostError(f"no socket for the fleet in {_runtime()} (XDG_RUNTIME_DIR): {error.strerror}") from error
     try:
         host.run()
         return host.finish()

@@ -21,7 +21,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
 
 from emu.clock import make_clock
 from emu.errors import BadValue, HostError
@@ -84,21 +84,21 @@ class Fleet(_Table):
     low: Size | None = None
     high: Size | None = None
     order: str = DEFAULT_ORDER
-    spread: bool = True
+    spread: StrictBool = True
     step: Size = 64 << 20
     period: Seconds = 0.5
     deadline: Seconds = 2.0
     oldest: Seconds = 60.0
     speed: str | float = "real"
-    silence: Seconds = 10.0
+    silence: Annotated[Seconds, Field(gt=0)] = 10.0
     wait: Seconds = 60.0
     store: str | None = None
     store_memory: Size | None = None
     psi: str | None = None
-    psi_low: float | None = None
-    psi_high: float | None = None
-    cgroup: bool = False
-    timeout: Seconds = 600.0
+    psi_low: Annotated[float, Field(ge=0, le=100)] | None = None
+    psi_high: Annotated[float, Field(ge=0, le=100)] | None = None
+    cgroup: StrictBool = False
+    timeout: Annotated[Seconds, Field(gt=0)] = 600.0
     guests: tuple[Guest, ...] = ()
 
     @property
@@ -134,16 +134,19 @@ def _guests(tables: list[dict[str, Any]]) -> list[Guest]:
                 name = group.name if group.count == 1 else f"{group.name}-{i + 1}"
                 guests.append(Guest(name=name, start=start, **table))
         except (ValidationError, BadValue) as error:
-            says = _where(error) if isinstance(error, ValidationError) else str(error)
+            says = _where(error, Guest, _Group) if isinstance(error, ValidationError) else str(error)
             raise BadValue(f"guest {own.get('name', number)!r}: {says}") from None
     return guests
 
 
-def _where(error: ValidationError) -> str:
+def _where(error: ValidationError, *models: type[BaseModel]) -> str:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     says = str(first["msg"]).removeprefix("Value error, ")
-    return f"{place}: {says}" if place else says
+    if first["type"] == "extra_forbidden":
+        keys = dict.fromkeys(key for model in models for key in model.model_fields if key != "guests")
+        return f"{place!r} isn't known: {', '.join(keys)}"
+    return f"{place} = {first['input']!r}: {says}" if place and first["type"] != "missing" else f"{place}: {says}"
 
 
 def _read_toml(path: str | Path) -> dict[str, Any]:
@@ -162,10 +165,14 @@ def _check(fleet: Fleet) -> None:
         raise BadValue("speed 'step' can't be had: guests share the wall's time")
     if fleet.wait > 3600:
         raise BadValue(f"wait {fleet.wait!r} s must be at most an hour")
-    if fleet.store is not None and not Path(fleet.store).exists():
-        raise BadValue(f"store {fleet.store!r} doesn't exist: name a directory or a file")
+    if fleet.store is not None and not (
+        fleet.store and Path(fleet.store).is_dir()
+    ):  # each guest makes a file of its own there
+        raise BadValue(f"store {fleet.store!r} isn't a directory")
     if fleet.psi is None and (fleet.psi_low, fleet.psi_high) != (None, None):
         raise BadValue("psi_low and psi_high need psi, a file such as /proc/pressure/memory")
+    if None not in (fleet.psi_low, fleet.psi_high) and fleet.psi_low > fleet.psi_high:  # type: ignore[operator]
+        raise BadValue(f"psi_low {fleet.psi_low!r} is above psi_high {fleet.psi_high!r}")
     if fleet.psi is not None:
         if (fleet.psi_low, fleet.psi_high) == (None, None):
             raise BadValue("psi needs psi_low or psi_high: per cent of stall above which the budget acts")
@@ -176,13 +183,20 @@ def _check(fleet: Fleet) -> None:
     if fleet.cgroup:
         _check_cgroup(fleet)
     for guest in fleet.guests:
-        mechanism = make_mechanism(guest.mechanism)
-        if isinstance(mechanism, SwapMechanism) and mechanism.max is not None:
-            raise BadValue(f"{guest.name}: swap:max is for a guest alone; in a fleet the budget's max holds")
-        parse_return(guest.on_return)
-        if guest.disk is not None and not Path(guest.disk).exists():
-            raise BadValue(f"{guest.name}: disk {guest.disk!r} doesn't exist")
-        make_workload(guest.workload, guest.args, guest.seed)
+        try:
+            _check_guest(guest)
+        except BadValue as error:
+            raise BadValue(f"guest {guest.name!r}: {error}") from None
+
+
+def _check_guest(guest: Guest) -> None:
+    mechanism = make_mechanism(guest.mechanism)
+    if isinstance(mechanism, SwapMechanism) and mechanism.max is not None:
+        raise BadValue("swap:max is for a guest alone; in a fleet the budget's max holds")
+    parse_return(guest.on_return)
+    if guest.disk is not None and not Path(guest.disk).exists():
+        raise BadValue(f"disk {guest.disk!r} doesn't exist")
+    make_workload(guest.workload, guest.args, guest.seed)
 
 
 def _check_cgroup(fleet: Fleet) -> None:
@@ -223,7 +237,7 @@ def read_fleet(
         guests = _guests([table | more for table in tables])
         fleet = Fleet(**(table | (settings or {}) | {"guests": tuple(guests)}))
     except ValidationError as error:
-        raise BadValue(f"{name}: {_where(error)}") from None
+        raise BadValue(f"{name}: {_where(error, Fleet)}") from None
     except (BadValue, TypeError) as error:
         raise BadValue(f"{name}: {error}") from None
     if len(guests) > MOST_GUESTS:

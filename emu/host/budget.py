@@ -268,8 +268,9 @@ class Budget:
             return self._epochs(now, able, total)
         if request is Request.PURGE:
             return self._purges(now, able)
-        # down to the level below, so that the next frame doesn't ask again
-        target = self.limits.low if level is Level.HIGH else self.limits.high
+        # down to the level below, or to where this one is over, so that the next frame doesn't ask again
+        over = self.limits.low - self.limits.low // _CALM
+        target = {Level.LOW: over, Level.HIGH: min(self.limits.low, over), Level.MAX: self.limits.high}[level]
         return self._swaps(now, able, total - target)
 
     def _make(self, now: float, name: str, request: Request, size: int, deadline: float) -> Ask:

@@ -101,7 +101,8 @@ def _stage(owner: Owner, state: FrameState) -> Stage:
         return Stage.BALLOONED if owner is Owner.BALLOON else Stage.HOST_OWNED
     if owner in _USED:  # LAZY, too: it was written since, which takes the lazy free back
         return _USED[owner]
-    return Stage.LAZY if state is FrameState.LAZY else _FREE[owner]
+    # on a per-CPU list: it was somebody's since, and written
+    return Stage.LAZY if state is FrameState.LAZY and owner is not Owner.PCP else _FREE[owner]
 
 
 # [owner][state]

@@ -44,7 +44,7 @@ def _total_cells(row: Mapping[str, Any]) -> dict[str, str]:
         "refaults": sum_of("guest_workingset_refault_file"),
         "faults": sum_of("pgfault"),
         "installs": sum_of("install_frames"),
-        "back": mib_text(counters["return_taken"] * 4096),
+        "back": mib_text((counters["return_taken"] + counters["aside_evicted"]) * 4096),
         "scanned": sum_of("guest_pgscan_kswapd", "guest_pgscan_direct", "aging_scanned"),
         "reports": sum_of("reports"),
         "requests": sum_of("balloon_inflate_requests", "balloon_deflate_requests"),

@@ -32,7 +32,11 @@ def make_workload(name: str, parameters: Mapping[str, Any], seed: int = 1) -> Wo
     settings = dict(parameters)
     if "seed" in known:
         settings.setdefault("seed", seed)
+    needed = [p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty and p.name != "self"]
+    if missing := [key for key in needed if key not in settings]:
+        raise BadValue(f"workload {name} needs {missing[0]!r}")
     try:
         return cls(**settings)
     except TypeError as error:
-        raise BadValue(f"workload {name}: {error}") from None
+        given = ", ".join(f"{key} {value!r}" for key, value in parameters.items())
+        raise BadValue(f"workload {name}: one of {given} isn't of the right kind: {error}") from None

@@ -474,6 +474,17 @@ def test_the_command_line(tmp_path):
         ('[fleet]\nmax="1GiB"\n[[guest]]\nname="a"\nram="1GiB"\n[[guest]]\nname="a"\nram="1GiB"\n', "one name"),
         ('[fleet]\nmax="1GiB"\n[[guest]]\nname="a"\ncount=65\nram="1GiB"\n', "64"),
         ('[fleet]\nmax="1GiB"\n[[guest]]\nname="a b"\nram="1GiB"\n', "name"),
+        ('[fleet]\nmax="1GiB"\nlowe=1\n[[guest]]\nname="a"\nram="1GiB"\n', "'lowe' isn't known: max, low, high"),
+        ('[fleet]\nmax="1GiB"\n[[guest]]\nname="a"\nram="1GiB"\nbegin=1\n', "'begin' isn't known: name, ram"),
+        ('[fleet]\nmax="1GiB"\nspread="yes"\n[[guest]]\nname="a"\nram="1GiB"\n', "spread = 'yes'"),
+        ('[fleet]\nmax="1GiB"\npsi_low=500\n[[guest]]\nname="a"\nram="1GiB"\n', "psi_low = 500"),
+        ('[fleet]\nmax="1GiB"\ntimeout="0s"\n[[guest]]\nname="a"\nram="1GiB"\n', "timeout"),
+        ('[fleet]\nmax="1GiB"\nstore=""\n[[guest]]\nname="a"\nram="1GiB"\n', "store ''"),
+        (
+            '[fleet]\nmax="1GiB"\n[[guest]]\nname="a"\nram="1GiB"\nworkload="cache"\n',
+            "guest 'a': workload cache needs 'path'",
+        ),
+        ('[fleet]\nmax="1GiB"\n[[guest]]\nname="a"\nram="1GiB"\nargs={rounds="many"}\n', "rounds 'many'"),
     ],
 )
 def test_fleets_that_cant_be(tmp_path, text, says):

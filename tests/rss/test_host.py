@@ -1,6 +1,7 @@
 """What the host does with memory, on real pages: each policy and mechanism by residency, content and counters."""
 
 import random
+from pathlib import Path
 
 import pytest
 
@@ -375,8 +376,28 @@ def test_swap_holds_a_guest_to_its_max(tmp_path, disable, service):
         m.switch_mechanism("swap")
 
 
-def test_a_guest_that_finds_no_memory_fails_and_says_so():
-    with machine("swap:max=16MiB,memory=0,file=/dev/null,file_size=1MiB,deadline=200ms", ram="64MiB") as m:
+def test_a_store_file_isnt_somebodys(tmp_path):
+    """What holds something, or is neither a file nor a disk, is refused and untouched; an empty file is left empty."""
+    for path in (tmp_path / "precious", Path("/dev/null")):
+        if path.parent == tmp_path:
+            path.write_bytes(b"x" * 34000)
+        with emu.GuestRam("8MiB") as ram, pytest.raises(HostError, match=f"{path}.*"):
+            ram.open_store(0, file=path)
+    assert (tmp_path / "precious").read_bytes() == b"x" * 34000
+    with emu.GuestRam("8MiB") as ram, pytest.raises(BadValue, match="no path"):
+        ram.open_store(0, file="")
+    (tmp_path / "empty").touch()
+    with emu.GuestRam("8MiB") as ram:
+        ram.open_store(0, file=tmp_path / "empty")
+        ram.fill(0, 2048, seed=1)
+        assert ram.swap_out([(0, 2048)]) == 2048
+        assert (tmp_path / "empty").stat().st_size > 0
+        assert ram.verify(0, 2048, seed=1) == []
+    assert (tmp_path / "empty").stat().st_size == 0
+
+
+def test_a_guest_that_finds_no_memory_fails_and_says_so(tmp_path):
+    with machine(f"swap:max=16MiB,memory=0,file={tmp_path},file_size=1MiB,deadline=200ms", ram="64MiB") as m:
         a = m.guest.spawn("app").mmap("32MiB")
         with pytest.raises(GuestMemoryError, match="budget's max") as caught:
             a.fill(seed=5)

@@ -148,6 +148,13 @@ def test_swap_takes_the_largest_first_down_to_high():
     assert budget.decide(0.1, views(100, 500, 420, can=frozenset({Request.SWAP}))) == []  # it is under way
 
 
+@pytest.mark.parametrize(("level", "rests"), [("low", 787.5), ("high", 787.5), ("max", 900)])
+def test_swap_goes_on_until_its_line_is_over(level, rests):
+    budget = Budget(LIMITS, f"swap@{level}", step=4096 * MIB)
+    (ask,) = budget.decide(0.0, views(1020))
+    assert ask.size == (1020 - rests) * MIB
+
+
 def test_real_pressure_drives_it_too():
     budget = Budget(LIMITS, stall_low=5.0, stall_high=20.0)
     assert budget.decide(0.0, views(100)) == []

@@ -12,6 +12,7 @@ from emu.ram import GuestRam
 from emu.testing import BytesMemory, MemoryDisk, ReferenceMemory
 
 PAGE = 4096
+MIB = 1 << 20
 TEXT = b"".join(n.to_bytes(4, "little") for n in range(64 * 1024))  # 64 pages
 
 
@@ -44,6 +45,22 @@ def test_what_is_read_is_the_file_and_is_read_once(memory):
     assert len(reads(disk)) == before
     assert kernel.cached_bytes == file.cached_bytes == len(TEXT)
     assert disk.counters["disk_read_bytes"] == len(TEXT)
+
+
+def test_a_file_that_was_long_grows_again_from_a_short_one():
+    """One write of 64 MiB; and a file that was cut in between, small and large."""
+    kernel, _ = boot({}, ram="160MiB")
+    file = kernel.open("big", "x")
+    data = TEXT * (64 * MIB // len(TEXT))
+    assert file.write(0, data) == len(data)
+    assert file.read(40 * MIB, 100) == data[40 * MIB : 40 * MIB + 100]
+    for size in (10 * PAGE, 0):
+        file.truncate(size)
+        assert file.write(size, TEXT) == len(TEXT)
+        assert file.read(size, len(TEXT)) == TEXT
+        assert file.write(50 * MIB, TEXT) == len(TEXT)
+        assert file.read(50 * MIB, len(TEXT)) == TEXT
+        assert file.read(40 * MIB, PAGE) == bytes(PAGE)
 
 
 def test_a_stream_is_read_in_growing_windows():
