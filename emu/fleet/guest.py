@@ -1,13 +1,14 @@
 """A guest's process: its machine and workload in the main thread, and the host's hand in two others.
 
-    python -m emu.fleet.guest        reads what it is to be from descriptor 0, as one line of JSON
+It reads what it is to be from descriptor 0, as one line of JSON.
 
 The link thread talks to the host: a status every 0.1 s, requests in, answers out. It never takes the guest kernel's
 lock, so a guest that is busy, or hangs, is still heard of. Requests are done by the hand: epochs and purges in the
 guest's kernel, for whose lock they wait; taking memory without asking needs none.
 
-The process dies with its host (PR_SET_PDEATHSIG; the parent is compared afterwards, since it may have died before), and
-its memory with it.
+The process dies with its host, and its memory with it: what sees to that (START) comes before all imports, since they
+take a second, and many on a machine that is busy. The parent is compared afterwards: it may have died before. A
+terminal's interrupt is for the host, who ends us; it has it blocked until here.
 
 A guest that waits for memory at the gate can't do what it is asked for: its one CPU is in the fault, as a real vCPU
 that the host throttles would be. So epochs and purges take from the others, and a guest alone at max is left to
@@ -15,13 +16,11 @@ swapping.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import os
 import queue
 import select
-import signal
 import socket
 import sys
 import threading
@@ -43,7 +42,17 @@ __all__ = ["main"]
 
 _STATUS = 0.1  # seconds
 _SCAN = 5.0  # guest seconds between two looks at accessed bits
-_PR_SET_PDEATHSIG = 1
+#: what the process runs, with the host's pid and the guest's name as arguments
+START = """
+import ctypes, os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[2]):
+    os._exit(3)
+from emu.fleet.guest import main
+sys.exit(main())
+"""
 
 
 class Link:
@@ -222,12 +231,6 @@ class GuestProcess:
             self.machine.run_for(0.05 * self.machine.clock.speed)
 
 
-def _die_with_the_host(parent: int) -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(3)
-
-
 def _mechanism(settings: dict[str, Any]) -> Mechanism:
     # swap without a file of its own uses the fleet's
     mechanism = make_mechanism(settings["mechanism"])
@@ -265,10 +268,7 @@ def _machine(settings: dict[str, Any]) -> Machine:
 
 def main() -> int:
     """Be the guest that descriptor 0 describes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for the host, who ends us
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     settings: dict[str, Any] = json.loads(sys.stdin.readline())
-    _die_with_the_host(settings["parent"])
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.connect(f"/proc/self/fd/{settings['socket']}")
     link = Link(sock)
@@ -285,7 +285,3 @@ def main() -> int:
         process.start()
         process.run()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -37,6 +37,7 @@ from pathlib import Path
 
 from emu.errors import HostError
 from emu.fleet.ceiling import Ceiling
+from emu.fleet.guest import START
 from emu.fleet.scenario import Fleet, Guest
 from emu.fleet.wire import Answer, Ask, Bad, Done, Frames, Go, Hello, Message, Row, Status, Stop, encode
 from emu.gate import Gate
@@ -175,7 +176,6 @@ class _Host:
         slot = len(self.guests)
         token = secrets.token_hex(16)
         told = {
-            "parent": os.getpid(),
             "socket": self.place,
             "gate": self.gate.fileno(),
             "slot": slot,
@@ -187,11 +187,11 @@ class _Host:
             **spec.model_dump(include={"name", "ram", "mechanism", "on_return", "workload", "args", "seed", "disk"}),
             **spec.model_dump(include={"service", "cpus"}),
         }
-        # the terminal's interrupt is for us: it waits in the guest until that one ignores it (fleet/guest.py)
+        # the terminal's interrupt is for us: it waits in the guest until that one ignores it
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "emu.fleet.guest"],
+                [sys.executable, "-c", START, "emu.fleet.guest", str(os.getpid()), spec.name],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(self.place, self.gate.fileno()),
