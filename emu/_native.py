@@ -48,6 +48,7 @@ DISABLE_NAMES = {
 }
 
 
+_ANY_USAGE = (1 << lib.EMU_NR_USAGES) - 1
 _STATS = [ffi.string(lib.emu_stats_name(i)).decode() for i in range(lib.emu_stats_count())]
 
 
@@ -370,10 +371,64 @@ class Region:
     def victims(self, min_age: int, want: int, most: int) -> Ranges:
         flat = array("Q", bytes(24 * most))
         n = ffi.new("size_t *")
-        found = self._call(lib.emu_access_victims, min_age, want, ffi.from_buffer("struct emu_range[]", flat), most, n)
+        found = self._call(lib.emu_access_victims, min_age, want, _ANY_USAGE, ffi.from_buffer(_RANGES, flat), most, n)
         if found < 0:
             raise self._failed(found, None)
         return Ranges(flat[: 3 * n[0]])
+
+    # ---- usages (CMM2)
+
+    def track_usages(self) -> None:
+        err = self._call(lib.emu_usage_track)
+        if err == -errno.EOPNOTSUPP:
+            raise HostError(
+                "page states need userfaultfd, and for the thread service UFFDIO_POISON: a page that is gone must be "
+                "told from one of zeros"
+            )
+        if err:
+            raise self._failed(err, None)
+
+    def say(self, ranges: Ranges, usage: int, cause: int) -> "tuple[int, array[int]]":
+        gone = array("Q", bytes(8 * ranges.frames)) if usage == lib.EMU_STABLE else array("Q")
+        n = ffi.new("size_t *")
+        flat = ffi.from_buffer(_RANGES, ranges.flat)
+        into = ffi.from_buffer("uint64_t[]", gone)
+        changed = self._call(lib.emu_usage_set, flat, len(ranges), usage, cause, into, len(gone), n)
+        if changed < 0:
+            raise self._failed(changed, None)
+        return int(changed), gone[: n[0]]
+
+    def page_states(self, memmap: Any, how: int) -> None:
+        err = self._call(lib.emu_page_states_on, memmap, how)
+        if err:
+            raise self._failed(err, None)
+
+    def usage_counts(self) -> Any:
+        counts = ffi.new("struct emu_usage_counts *")
+        err = self._call(lib.emu_usage_counts, counts)
+        if err:
+            raise self._failed(err, None)
+        return counts
+
+    def usage_matrix(self) -> list[list[int]]:
+        flat = ffi.new("int64_t[]", lib.EMU_NR_USAGES * lib.EMU_NR_STATES)
+        err = self._call(lib.emu_usage_matrix, flat)
+        if err:
+            raise self._failed(err, None)
+        return [list(flat[u * lib.EMU_NR_STATES : (u + 1) * lib.EMU_NR_STATES]) for u in range(lib.EMU_NR_USAGES)]
+
+    def usages(self, gfn: int, count: int) -> bytes:
+        buffer = bytearray(count)
+        err = self._call(lib.emu_usage_copy, gfn, count, ffi.from_buffer(buffer))
+        if err:
+            raise self._failed(err, None)
+        return bytes(buffer)
+
+    def steal(self, frames: int, usages: int, policy: int, seed: int) -> int:
+        took = self._call(lib.emu_steal_some, frames, usages, policy, seed)
+        if took < 0:
+            raise self._failed(took, None)
+        return int(took)
 
     def written(self) -> int:
         pages = self._call(lib.emu_access_written)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from emu._native import lib
 
-__all__ = ["EVENT_TYPES", "Event", "FrameState", "Op"]
+__all__ = ["EVENT_TYPES", "Cause", "Event", "FrameState", "Op", "StealPolicy", "Usage"]
 
 
 class FrameState(enum.IntEnum):
@@ -20,6 +20,42 @@ class FrameState(enum.IntEnum):
     ASIDE = lib.EMU_ASIDE
     PRESERVED = lib.EMU_PRESERVED
     DISCARDED = lib.EMU_DISCARDED
+
+
+class Usage(enum.IntEnum):
+    """What the guest says of a frame's content (CMM2; csrc/usage.c)."""
+
+    STABLE = lib.EMU_STABLE
+    UNUSED = lib.EMU_UNUSED
+    VOLATILE = lib.EMU_VOLATILE
+    POTENTIALLY_VOLATILE = lib.EMU_POTENTIAL
+
+
+class Cause(enum.IntEnum):
+    """Why it was said: the place in the guest's kernel."""
+
+    FREE = lib.EMU_CAUSE_FREE
+    ALLOC = lib.EMU_CAUSE_ALLOC
+    READ = lib.EMU_CAUSE_READ
+    WRITEBACK = lib.EMU_CAUSE_WRITEBACK
+    LOOKUP = lib.EMU_CAUSE_LOOKUP
+    PUT = lib.EMU_CAUSE_PUT
+    SINK = lib.EMU_CAUSE_SINK
+    MAP = lib.EMU_CAUSE_MAP
+    MKWRITE = lib.EMU_CAUSE_MKWRITE
+    UNMAP = lib.EMU_CAUSE_UNMAP
+    PIN = lib.EMU_CAUSE_PIN
+    COW = lib.EMU_CAUSE_COW
+    DISCARDED = lib.EMU_CAUSE_DISCARDED
+    OTHER = lib.EMU_CAUSE_OTHER
+
+
+class StealPolicy(enum.IntEnum):
+    """Which frames of a kind the host takes first: the oldest, in turn, or any."""
+
+    AGE = lib.EMU_STEAL_BY_AGE
+    ROUND = lib.EMU_STEAL_ROUND
+    RANDOM = lib.EMU_STEAL_AT_RANDOM
 
 
 class Op(enum.IntEnum):
@@ -65,6 +101,7 @@ EVENT_TYPES = {
         "swap_out",
         "swap_failed",
         "swap_corrupt",
+        "steal",
         "fault",
     )
 }

@@ -25,6 +25,7 @@ from emu.ranges import Ranges
 from emu.reclaim import Reclaim, StoreInfo
 from emu.uffd import Features, Mode, Rung, Userfaultfd, probe
 from emu.units import FRAME_SIZE, format_size, parse_ram_size
+from emu.usage import Usages
 
 __all__ = ["Event", "FrameState", "GuestRam", "Histogram", "Op", "StoreInfo"]
 
@@ -32,7 +33,7 @@ _CHUNK = 16384  # frames (64 MiB) a native call: Python can handle Ctrl-C betwee
 _SHORT_CHUNK = 2048  # while somebody watches
 
 
-class GuestRam(Reclaim):
+class GuestRam(Reclaim, Usages):
     """A guest's memory.
 
     size: bytes or text, whole frames. service: "inline" (SIGBUS in the faulting thread), "thread", or "auto" (inline

@@ -4,6 +4,7 @@
     lazy_free, lazy_drop   content and memory go when the kernel wants memory, unless written before
     set_aside              memory stays, outside the guest: any touch, read or write, brings the frame back;
                            drop_aside lets it go, bring_back returns it
+    steal                  what the guest calls unused, or volatile, goes, without a word to it
     swap_out               content goes to a store, memory goes; a touch, or swap_back, brings it back
     poison, unpoison       a memory error, and its undoing
 
@@ -22,6 +23,7 @@ from typing import Any
 from emu import _native, residency
 from emu._native import lib
 from emu.errors import BadValue, HostError
+from emu.frames import StealPolicy, Usage
 from emu.mapping import RamMapping
 from emu.ranges import Ranges
 from emu.uffd import Features, Mode, Userfaultfd
@@ -30,6 +32,7 @@ from emu.units import parse_size
 __all__ = ["DEFAULT_READAHEAD", "Reclaim", "StoreInfo"]
 
 Frames = Iterable[Sequence[int]] | Ranges
+_STEALABLE = (Usage.UNUSED, Usage.VOLATILE, Usage.POTENTIALLY_VOLATILE)
 DEFAULT_READAHEAD = 8  # pages, as Linux's page_cluster of 3
 
 
@@ -226,6 +229,32 @@ class Reclaim:
                 side.close()
                 raise
             self._side = side
+
+    # ---- by what the guest says
+
+    def steal(
+        self,
+        frames: int,
+        usages: Sequence[Usage] = _STEALABLE,
+        policy: StealPolicy = StealPolicy.AGE,
+        *,
+        seed: int = 1,
+    ) -> int:
+        """Take up to so many frames without a word to the guest: unused ones first, then volatile ones, then clean
+        ones that are potentially volatile; dirty ones of these go to the store, if there is one. Return how many.
+
+        Ages are those of scan_ages(); without it all are alike.
+        """
+        if frames < 0:
+            raise BadValue(f"steal of {frames!r} frames: give 0 or more")
+        wanted = 0
+        for usage in usages:
+            if usage not in _STEALABLE:
+                raise BadValue(f"{usage!r} frames can't be stolen: {', '.join(u.name.lower() for u in _STEALABLE)} can")
+            wanted |= 1 << usage
+        if Usage.POTENTIALLY_VOLATILE in usages and self.aside_how != "none":
+            self._need_side()
+        return self._core.steal(frames, wanted, policy, seed)
 
     # ---- the store
 

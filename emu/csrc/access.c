@@ -202,6 +202,23 @@ int emu_access_harvest(struct emu_region *r, uint64_t gfn, uint64_t count, int b
 	return 0;
 }
 
+/* A call under way counts as a write: its line doesn't say. For frames that can't be touched now (BUSY). */
+void emu_access_peek(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret)
+{
+	const struct emu_access *a = access_of(r);
+
+	see_all_lines(a);
+	for (uint64_t i = 0; i < count; i++)
+		ret[i] = atomic_load_explicit(&a->bits[gfn + i], memory_order_relaxed);
+	for (int i = 0; i < LINES; i++) {
+		uint64_t at, end = line_range(a, i, &at);
+
+		end += at;
+		for (at = at > gfn ? at : gfn; at < end && at < gfn + count; at++)
+			ret[at - gfn] |= EMU_ACCESSED | EMU_DIRTIED;
+	}
+}
+
 /* Blocks that hold something, one after another. */
 static uint64_t next_block(const struct emu_region *r, uint64_t block, uint64_t blocks)
 {
@@ -260,9 +277,16 @@ static int age_of(const struct emu_access *a, uint64_t gfn)
 	return atomic_load_explicit(&a->bits[gfn], memory_order_relaxed) & EMU_ACCESSED ? 0 : a->age[gfn];
 }
 
-/* Frames from `from` to `end` that are RESIDENT and old enough; of age `cutoff` only *quota of them. */
-static bool pick(const struct emu_region *r, const struct emu_access *a, uint64_t from, uint64_t end, int cutoff,
-                 uint64_t *quota, uint64_t *want, struct emu_range *ret, size_t cap, size_t *n)
+static bool may_go(const struct emu_region *r, uint64_t gfn, unsigned usages)
+{
+	const uint8_t byte = emu_byte_load(r, gfn);
+
+	return emu_byte_state(byte) == EMU_RESIDENT && usages >> emu_byte_usage(byte) & 1;
+}
+
+/* Frames from `from` to `end` that are RESIDENT, of these usages, and old enough; of age `cutoff` only *quota of them. */
+static bool pick(const struct emu_region *r, const struct emu_access *a, uint64_t from, uint64_t end, unsigned usages,
+                 int cutoff, uint64_t *quota, uint64_t *want, struct emu_range *ret, size_t cap, size_t *n)
 {
 	for (uint64_t gfn = from; gfn < end && *want; gfn++) {
 		int age;
@@ -272,7 +296,7 @@ static bool pick(const struct emu_region *r, const struct emu_access *a, uint64_
 			gfn += EMU_BLOCK_FRAMES - 1;
 			continue;
 		}
-		if (emu_state_load(r, gfn) != EMU_RESIDENT || (age = age_of(a, gfn)) < cutoff || (age == cutoff && !*quota))
+		if (!may_go(r, gfn, usages) || (age = age_of(a, gfn)) < cutoff || (age == cutoff && !*quota))
 			continue;
 		if (*n && ret[*n - 1].gfn + ret[*n - 1].count == gfn)
 			ret[*n - 1].count++;
@@ -286,7 +310,8 @@ static bool pick(const struct emu_region *r, const struct emu_access *a, uint64_
 	return true;
 }
 
-int64_t emu_access_victims(struct emu_region *r, int min_age, uint64_t want, struct emu_range *ret, size_t cap, size_t *n)
+int64_t emu_access_victims(struct emu_region *r, int min_age, uint64_t want, unsigned usages, struct emu_range *ret,
+                           size_t cap, size_t *n)
 {
 	const uint64_t blocks = (r->frames + EMU_BLOCK_FRAMES - 1) / EMU_BLOCK_FRAMES;
 	uint64_t by_age[AGES] = { 0 }, quota = want, left = want, hand;
@@ -294,22 +319,22 @@ int64_t emu_access_victims(struct emu_region *r, int min_age, uint64_t want, str
 	int cutoff = AGES - 1;
 
 	*n = 0;
-	a = access_of(r);
+	a = min_age < 0 ? NULL : access_of(r);
 	if (!a) /* nobody looks: all are alike */
 		cutoff = 0;
 	else
 		pthread_mutex_lock(&a->lock);
 	for (uint64_t block = next_block(r, 0, blocks); a && block < blocks; block = next_block(r, block + 1, blocks))
 		for (uint64_t gfn = block * EMU_BLOCK_FRAMES; gfn < block_end(r, block); gfn++)
-			if (emu_state_load(r, gfn) == EMU_RESIDENT)
+			if (may_go(r, gfn, usages))
 				by_age[age_of(a, gfn)]++;
 	for (uint64_t older = 0; a && cutoff > min_age && older + by_age[cutoff] < want; cutoff--) {
 		older += by_age[cutoff];
 		quota = want - older;
 	}
 	hand = atomic_load(&r->hand) % r->frames;
-	if (pick(r, a, hand, r->frames, cutoff, &quota, &left, ret, cap, n))
-		pick(r, a, 0, hand, cutoff, &quota, &left, ret, cap, n);
+	if (pick(r, a, hand, r->frames, usages, cutoff, &quota, &left, ret, cap, n))
+		pick(r, a, 0, hand, usages, cutoff, &quota, &left, ret, cap, n);
 	if (*n)
 		atomic_store(&r->hand, ret[*n - 1].gfn + ret[*n - 1].count);
 	if (a)

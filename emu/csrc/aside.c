@@ -362,7 +362,7 @@ static int64_t over(struct emu_region *r, const struct emu_range *ranges, size_t
 		err = -EOPNOTSUPP;
 	for (size_t i = 0; i < n && !err; i++) {
 		const uint64_t end = ranges[i].gfn + ranges[i].count;
-		int64_t did = out ? emu_aside_take(r, ranges[i].gfn, end, stamp) : emu_aside_restore(r, ranges[i].gfn, end, stamp);
+		int64_t did = out ? emu_aside_take(r, ranges[i].gfn, end, stamp, EMU_ANY_USAGE) : emu_aside_restore(r, ranges[i].gfn, end, stamp);
 
 		err = did < 0 ? (int)did : 0;
 		frames += did > 0 ? did : 0;
@@ -456,7 +456,8 @@ static void touch_alone(struct emu_region *r, uint64_t gfn)
 		emu_sigbus_block();
 }
 
-int64_t emu_aside_take(struct emu_region *r, uint64_t gfn, uint64_t end, int stamp)
+/* Frames that are RESIDENT, and of a usage in the set. */
+int64_t emu_aside_take(struct emu_region *r, uint64_t gfn, uint64_t end, int stamp, unsigned usages)
 {
 	const uint64_t longest = r->have_move ? RUN : RUN_COPY;
 	uint64_t shared = UINT64_MAX, most = longest;
@@ -464,7 +465,7 @@ int64_t emu_aside_take(struct emu_region *r, uint64_t gfn, uint64_t end, int sta
 	int tries = 0;
 
 	while (gfn < end) {
-		uint8_t state;
+		uint8_t byte, state;
 		uint64_t n, done;
 		int err;
 
@@ -473,16 +474,17 @@ int64_t emu_aside_take(struct emu_region *r, uint64_t gfn, uint64_t end, int sta
 			gfn += EMU_BLOCK_FRAMES;
 			continue;
 		}
-		state = emu_state_load(r, gfn);
+		byte = emu_byte_load(r, gfn);
+		state = emu_byte_state(byte);
 		if (state == EMU_BUSY) {
 			emu_state_wait(r, gfn);
 			continue;
 		}
-		if (state != EMU_RESIDENT) {
+		if (state != EMU_RESIDENT || !(usages >> emu_byte_usage(byte) & 1)) {
 			gfn++;
 			continue;
 		}
-		n = emu_state_claim(r, gfn, end - gfn < most ? end - gfn : most, EMU_RESIDENT);
+		n = emu_state_claim_used(r, gfn, end - gfn < most ? end - gfn : most, EMU_RESIDENT, usages);
 		if (!n)
 			continue;
 		done = capture(r, gfn, n, &err);

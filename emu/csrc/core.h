@@ -47,6 +47,7 @@
 	X(swap_out_frames) X(swap_in_frames) X(swap_readahead) X(swap_same) X(swap_raw) X(swap_cancelled)             \
 	X(swap_failed) X(swap_corrupt) X(swap_dropped) X(swap_file_read) X(swap_file_written) X(pgfault_discarded)    \
 	X(gate_throttled) X(gate_failed) X(pool_frames)                                                                              \
+	X(steal_unused) X(steal_volatile) X(steal_potential) X(steal_preserved)                                       \
 	X(poison_frames) X(unpoison_frames)                                                                           \
 	X(uffd_eagain) X(uffd_eexist) X(uffd_miscounted) X(service_batches) X(service_messages)                       \
 	X(sigbus_rechained) X(ring_overflow)
@@ -76,6 +77,7 @@ struct emu_waitq {
 struct emu_ring;
 struct emu_swap;
 struct emu_access;
+struct emu_usages;
 
 /* A table of ours in a mapping of its own, lazily populated. */
 struct emu_table {
@@ -106,6 +108,7 @@ struct emu_region {
 	struct emu_aside *aside;
 	_Atomic(struct emu_swap *) swap;
 	_Atomic(struct emu_access *) access;
+	_Atomic(struct emu_usages *) usages;
 	_Atomic uint64_t hand; /* where the search for victims goes on */
 	uint32_t disable;
 	_Atomic(struct emu_gate *) gate;
@@ -216,16 +219,37 @@ static inline int emu_ranges_check(const struct emu_region *r, const struct emu_
 
 /* state.c */
 bool emu_state_legal(uint8_t from, uint8_t to, bool uffd);
-uint8_t emu_state_load(const struct emu_region *r, uint64_t gfn);
+static inline uint8_t emu_byte_state(uint8_t byte)
+{
+	return byte & EMU_STATE_MASK;
+}
+static inline uint8_t emu_byte_usage(uint8_t byte)
+{
+	return byte >> EMU_USAGE_SHIFT;
+}
+#define EMU_ANY_USAGE 15u
+/* A frame's byte, whole. acquire: pairs with the release in publish; the page is installed before the byte says so */
+static inline uint8_t emu_byte_load(const struct emu_region *r, uint64_t gfn)
+{
+	return atomic_load_explicit(&r->state[gfn], memory_order_acquire);
+}
+static inline uint8_t emu_state_load(const struct emu_region *r, uint64_t gfn)
+{
+	return emu_byte_state(emu_byte_load(r, gfn));
+}
 bool emu_state_try(struct emu_region *r, uint64_t gfn, uint8_t from, uint8_t to);
 void emu_state_publish(struct emu_region *r, uint64_t gfn, uint8_t to); /* from BUSY, which the caller holds */
+void emu_state_publish_as(struct emu_region *r, uint64_t gfn, uint8_t to, uint8_t usage);
 uint64_t emu_state_claim(struct emu_region *r, uint64_t gfn, uint64_t most, uint8_t from); /* into BUSY; how many */
+/* The same, of those alone whose usage is in a set of them, a bit each. */
+uint64_t emu_state_claim_used(struct emu_region *r, uint64_t gfn, uint64_t most, uint8_t from, unsigned usages);
 void emu_state_publish_run(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t to);
 /* The states of the eight frames from gfn on, a multiple of 8, if they are all the same; else EMU_NR_STATES. */
 static inline uint8_t emu_state_load8(const struct emu_region *r, uint64_t gfn)
 {
 	uint64_t word = __atomic_load_n((const uint64_t *)(const void *)(r->state + gfn), __ATOMIC_ACQUIRE);
 
+	word &= EMU_STATE_MASK * 0x0101010101010101u;
 	return word == (word & 0xff) * 0x0101010101010101u ? (uint8_t)word : EMU_NR_STATES;
 }
 void emu_state_wake(struct emu_region *r, uint64_t gfn, uint64_t count);
@@ -317,7 +341,11 @@ static inline void emu_rss_mark(struct emu_region *r, uint64_t block)
 		atomic_store_explicit(&r->changed[block], 1, memory_order_relaxed);
 }
 
+/* steal.c */
+uint64_t emu_steal_held(struct emu_region *r, uint64_t gfn, uint64_t n, uint64_t *keep);
+
 /* reclaim.c */
+int64_t emu_reclaim_steal(struct emu_region *r, const struct emu_range *ranges, size_t n, int usage);
 
 /* advise.c */
 bool emu_advise_vectored_probe(void);
@@ -333,13 +361,34 @@ bool emu_can_lose(const struct emu_region *r);
 int emu_lose(struct emu_region *r, uint64_t gfn, uint64_t count); /* empty frames held BUSY: make accesses fail */
 int emu_find(struct emu_region *r, uint64_t gfn, uint64_t count);
 
+/* usage.c */
+enum emu_said { EMU_SAID, EMU_SAID_ALREADY, EMU_SAID_REFUSED, EMU_SAID_GONE };
+/* What a call has said; emu_usage_count() adds it to the region's counts. */
+struct emu_usage_tally {
+	uint32_t moved[EMU_NR_USAGES][EMU_NR_USAGES], refused[EMU_NR_USAGES], same, gone;
+};
+bool emu_usage_legal(uint8_t usage, uint8_t state);
+int emu_usage_enter(struct emu_region *r);
+enum emu_said emu_usage_say(struct emu_region *r, uint64_t gfn, int usage, struct emu_usage_tally *t);
+void emu_usage_count(struct emu_region *r, int cause, const struct emu_usage_tally *t);
+static inline int64_t emu_usage_changed(const struct emu_usage_tally *t)
+{
+	int64_t n = 0;
+
+	for (int from = 0; from < EMU_NR_USAGES; from++)
+		for (int to = 0; to < EMU_NR_USAGES; to++)
+			n += t->moved[from][to];
+	return n;
+}
+void emu_usage_free(struct emu_region *r);
+
 /* aside.c */
 static inline int emu_aside_stamp(const struct emu_region *r, uint64_t gfn)
 {
 	return atomic_load_explicit(&r->aside->stamp[gfn], memory_order_relaxed);
 }
 int emu_aside_return(struct emu_region *r, uint64_t gfn);
-int64_t emu_aside_take(struct emu_region *r, uint64_t gfn, uint64_t end, int stamp);
+int64_t emu_aside_take(struct emu_region *r, uint64_t gfn, uint64_t end, int stamp, unsigned usages);
 int64_t emu_aside_restore(struct emu_region *r, uint64_t gfn, uint64_t end, int stamp);
 uint64_t emu_aside_stamped(struct emu_region *r, uint64_t gfn, uint64_t n, int stamp);
 void emu_aside_left(struct emu_region *r, uint64_t gfn); /* BUSY, and its side page is a copy of what is elsewhere */
@@ -349,6 +398,7 @@ void emu_aside_free(struct emu_region *r);
 
 /* swap.c, swapout.c, swapin.c */
 int emu_swap_in(struct emu_region *r, uint64_t gfn);
+int64_t emu_swap_store(struct emu_region *r, uint64_t gfn, uint64_t end); /* what was set aside with EMU_STAMP_SWAP */
 uint64_t emu_swap_forget(struct emu_region *r, uint64_t gfn, uint64_t count);
 void emu_swapd_stop(struct emu_region *r);
 void emu_swap_free(struct emu_region *r);
@@ -391,6 +441,7 @@ static inline void emu_access_note(struct emu_region *r, uint64_t gfn, uint64_t 
 	if (atomic_load_explicit(&r->access, memory_order_acquire)) /* also if it was switched on during this call */
 		emu_access_note_slow(r, gfn, count, write);
 }
+void emu_access_peek(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret); /* bits, and none is cleared */
 void emu_access_free(struct emu_region *r);
 int64_t emu_access_table_bytes(struct emu_region *r);
 

@@ -60,8 +60,17 @@ int munlock(const void *addr, size_t len);
 #define EMU_DIRTIED ...
 #define EMU_SEEN ...
 #define EMU_GATE_SLOTS ...
+#define EMU_STATES_LIGHT ...
+#define EMU_STATES_PER_MAPPING ...
+#define EMU_STATES_MINOR ...
+#define EMU_STATES_BUFFERS ...
 enum emu_state { EMU_ZERO, EMU_ZEROMAP, EMU_RESIDENT, EMU_LAZY, EMU_BUSY, EMU_LOST, EMU_ASIDE, EMU_PRESERVED, EMU_DISCARDED,
 	EMU_NR_STATES, ... };
+enum emu_usage { EMU_STABLE, EMU_UNUSED, EMU_VOLATILE, EMU_POTENTIAL, EMU_NR_USAGES, ... };
+enum emu_cause { EMU_CAUSE_FREE, EMU_CAUSE_ALLOC, EMU_CAUSE_READ, EMU_CAUSE_WRITEBACK, EMU_CAUSE_LOOKUP, EMU_CAUSE_PUT,
+	EMU_CAUSE_SINK, EMU_CAUSE_MAP, EMU_CAUSE_MKWRITE, EMU_CAUSE_UNMAP, EMU_CAUSE_PIN, EMU_CAUSE_COW, EMU_CAUSE_DISCARDED,
+	EMU_CAUSE_OTHER, EMU_NR_CAUSES, ... };
+enum emu_steal_policy { EMU_STEAL_BY_AGE, EMU_STEAL_ROUND, EMU_STEAL_AT_RANDOM, ... };
 #define EMU_PG_REFERENCED ...
 #define EMU_PG_ACTIVE ...
 #define EMU_PG_DIRTY ...
@@ -72,11 +81,15 @@ enum emu_state { EMU_ZERO, EMU_ZEROMAP, EMU_RESIDENT, EMU_LAZY, EMU_BUSY, EMU_LO
 #define EMU_PG_RECLAIM ...
 #define EMU_PG_YOUNG ...
 #define EMU_PG_HANDED ...
+#define EMU_PG_WRITABLE ...
+#define EMU_PG_DISCARDED ...
 #define EMU_LOOKUP_MARK ...
 #define EMU_LOOKUP_SKIP_FIRST ...
 #define EMU_LOOKUP_READAHEAD ...
 #define EMU_LOOKUP_BACKWARD ...
 #define EMU_LOOKUP_ABSENT ...
+#define EMU_LOOKUP_GET ...
+#define EMU_LOOKUP_GONE ...
 #define EMU_LOOKUP_MARKER ...
 #define EMU_INSERT_DIRTY ...
 #define EMU_INSERT_WRITE ...
@@ -92,7 +105,7 @@ enum emu_op { EMU_TOUCH_READ, EMU_TOUCH_WRITE, EMU_SET, EMU_FILL, EMU_VERIFY, EM
 enum emu_latency { EMU_LAT_FAULT_WRITE, EMU_LAT_FAULT_READ, EMU_LAT_ASIDE_RETURN, EMU_LAT_SWAP_IN, EMU_NR_LATENCIES, ... };
 enum emu_event_type { EMU_EV_DISCARD, EMU_EV_LAZY_FREE, EMU_EV_LAZY_DROP, EMU_EV_POISON, EMU_EV_LOST_FAULT,
 	EMU_EV_SERVICE_DIED, EMU_EV_ASIDE, EMU_EV_ASIDE_DROP, EMU_EV_SWAP_OUT, EMU_EV_SWAP_FAILED, EMU_EV_SWAP_CORRUPT,
-	EMU_EV_FAULT, ... };
+	EMU_EV_STEAL, EMU_EV_FAULT, ... };
 
 struct emu_range { uint64_t gfn; uint64_t count; uint64_t key; };
 struct emu_progress { uint64_t done; uint64_t bad_gfn; };
@@ -123,8 +136,9 @@ struct emu_memmap_stats {
 	int64_t workingset_refault, workingset_activate, workingset_restore;
 };
 struct emu_memmap { struct emu_memmap_stats stats; ...; };
-struct emu_page_info { uint32_t space, index, mapcount; uint16_t flags, gen; uint8_t owner; };
-struct emu_space { uint32_t id; int64_t nr_pages, nr_dirty, nr_writeback, nr_shadows; ...; };
+struct emu_page_info { uint32_t space, index, mapcount; uint32_t flags; uint16_t gen, pins; uint8_t owner; };
+struct emu_usage_counts { int64_t moved[...][...][...]; int64_t refused[...][...]; int64_t gone[...]; };
+struct emu_space { uint32_t id; int64_t nr_pages, nr_dirty, nr_writeback, nr_shadows; int mlocked; ...; };
 struct emu_shrink {
 	uint64_t nr_to_scan; uint32_t *freed, *mapped;
 	uint64_t nr_scanned, nr_freed, nr_mapped, nr_dirty, nr_writeback, nr_activated, nr_kept, nr_deactivated;
@@ -199,11 +213,24 @@ int64_t emu_gate_slot_read(struct emu_gate *g, int slot, struct emu_gate_slot *r
 int64_t emu_gate_release(struct emu_gate *g, int slot);
 int emu_gate_attach(struct emu_region *r, struct emu_gate *g, int slot, int deadline_ms);
 
+/* usage.c, steal.c */
+int emu_usage_track(struct emu_region *r);
+int64_t emu_usage_set(struct emu_region *r, const struct emu_range *ranges, size_t n, int usage, int cause, uint64_t *gone,
+	size_t cap, size_t *nr_gone);
+int64_t emu_usage_set_frames(struct emu_region *r, const uint32_t *gfns, size_t n, int usage, int cause, uint64_t *gone,
+	size_t cap, size_t *nr_gone);
+int emu_usage_counts(struct emu_region *r, struct emu_usage_counts *ret);
+int emu_usage_matrix(struct emu_region *r, int64_t *ret);
+int emu_usage_copy(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret);
+int64_t emu_steal(struct emu_region *r, const struct emu_range *ranges, size_t n, int usage);
+int64_t emu_steal_some(struct emu_region *r, uint64_t want, unsigned usages, int policy, uint64_t seed);
+
 /* access.c */
 int emu_access_track(struct emu_region *r, int on);
 int emu_access_harvest(struct emu_region *r, uint64_t gfn, uint64_t count, int bits, uint8_t *ret);
 int emu_access_scan(struct emu_region *r, uint64_t *ret);
-int64_t emu_access_victims(struct emu_region *r, int min_age, uint64_t want, struct emu_range *ret, size_t cap, size_t *n);
+int64_t emu_access_victims(struct emu_region *r, int min_age, uint64_t want, unsigned usages, struct emu_range *ret,
+                           size_t cap, size_t *n);
 int64_t emu_access_written(struct emu_region *r);
 
 /* guestcopy.c, guestwalk.c, vcpu.c */
@@ -219,6 +246,13 @@ void emu_content_words(uint64_t seed, uint64_t key, uint64_t *ret);
 int emu_rss_look(struct emu_region *r, int everything, struct emu_look *ret);
 int emu_residency_scan(uint64_t start, uint64_t len, struct emu_residency *ret);
 int64_t emu_residency_mincore(uint64_t start, uint64_t len);
+
+/* page_states.c */
+int emu_page_states_on(struct emu_region *r, struct emu_memmap *m, unsigned how);
+int64_t emu_page_states_off(struct emu_memmap *m, uint32_t *gone, size_t cap);
+int emu_pages_allocated(struct emu_memmap *m, const struct emu_range *ranges, size_t n);
+int emu_pages_put(struct emu_memmap *m, const struct emu_range *ranges, size_t n);
+int emu_pages_writable(struct emu_memmap *m, const struct emu_range *ranges, size_t n);
 
 /* memmap.c, pagecache.c, lru.c */
 int emu_memmap_create(uint64_t frames, struct emu_memmap **ret);

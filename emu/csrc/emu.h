@@ -30,6 +30,20 @@ enum emu_state {
 	EMU_NR_STATES
 };
 
+/*
+ * What the guest says of a frame's content (CMM2; usage.c). It shares the byte with the state: usage << EMU_USAGE_SHIFT |
+ * state.
+ */
+enum emu_usage {
+	EMU_STABLE,    /* needed: the host must keep it. Frames that nobody says anything of */
+	EMU_UNUSED,    /* worthless: the host may drop it */
+	EMU_VOLATILE,  /* the guest can have it again: the host may discard it, and an access is told (ENODATA) */
+	EMU_POTENTIAL, /* the same, while it is clean; dirty, it must be kept */
+	EMU_NR_USAGES
+};
+#define EMU_USAGE_SHIFT 4
+#define EMU_STATE_MASK 15
+
 enum emu_service {
 	EMU_SERVICE_OFF,    /* no userfaultfd: the kernel zero-fills */
 	EMU_SERVICE_INLINE, /* SIGBUS in the faulting thread */
@@ -141,6 +155,57 @@ int64_t emu_lazy_drop(struct emu_region *r, const struct emu_range *ranges, size
 int64_t emu_poison(struct emu_region *r, const struct emu_range *ranges, size_t n);
 int64_t emu_unpoison(struct emu_region *r, const struct emu_range *ranges, size_t n);
 
+/* ---- usage.c: what the guest says of its frames --------------------------------------------------------------- */
+
+/* Why the guest said it: where its kernel did (mm/page_alloc.c, filemap.c, memory.c ... of the patches of 2009). */
+enum emu_cause {
+	EMU_CAUSE_FREE,      /* arch_free_page(): into the allocator */
+	EMU_CAUSE_ALLOC,     /* arch_alloc_page() */
+	EMU_CAUSE_READ,      /* unlock_page() after it was read from the disk */
+	EMU_CAUSE_WRITEBACK, /* end_page_writeback() */
+	EMU_CAUSE_LOOKUP,    /* find_get_page() */
+	EMU_CAUSE_PUT,       /* put_page(): but the cache's, the last reference */
+	EMU_CAUSE_SINK,      /* from the active list to the inactive one */
+	EMU_CAUSE_MAP,       /* a page-table entry, for reading */
+	EMU_CAUSE_MKWRITE,   /* the first one for writing */
+	EMU_CAUSE_UNMAP,     /* and the last one gone */
+	EMU_CAUSE_PIN,       /* follow_page(), mlock */
+	EMU_CAUSE_COW,       /* do_wp_page(), do_cow_fault() */
+	EMU_CAUSE_DISCARDED, /* a discard fault: out of the cache */
+	EMU_CAUSE_OTHER,     /* said by hand */
+	EMU_NR_CAUSES
+};
+/* Frames, by cause: from one usage to another; refused, by what was asked for; and those found gone when made stable. */
+struct emu_usage_counts {
+	int64_t moved[EMU_NR_CAUSES][EMU_NR_USAGES][EMU_NR_USAGES];
+	int64_t refused[EMU_NR_CAUSES][EMU_NR_USAGES];
+	int64_t gone[EMU_NR_CAUSES];
+};
+int emu_usage_track(struct emu_region *r); /* from now on usages may be said. -EOPNOTSUPP: a lost page can't be told here */
+/*
+ * Say `usage` of frames; how many changed, or -errno. EMU_STABLE: up to `cap` of those that were discarded meanwhile are in
+ * `gone`, *nr_gone is how many there were: they are stable, hold nothing, and read as zeros. Must not be said of a frame
+ * by two threads at once.
+ */
+int64_t emu_usage_set(struct emu_region *r, const struct emu_range *ranges, size_t n, int usage, int cause, uint64_t *gone,
+                      size_t cap, size_t *nr_gone);
+int64_t emu_usage_set_frames(struct emu_region *r, const uint32_t *gfns, size_t n, int usage, int cause, uint64_t *gone,
+                             size_t cap, size_t *nr_gone);
+int emu_usage_counts(struct emu_region *r, struct emu_usage_counts *ret);
+int emu_usage_matrix(struct emu_region *r, int64_t *ret); /* frames: ret[EMU_NR_USAGES][EMU_NR_STATES] */
+int emu_usage_copy(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret);
+
+/* ---- steal.c: what the host takes, by what the guest says --------------------------------------------------------- */
+
+/*
+ * Frames of that usage (not EMU_STABLE) that hold memory, among these; how many were taken, or -errno. EMU_POTENTIAL needs
+ * the side region and access bits (-EOPNOTSUPP), and for dirty ones a store: without it they stay.
+ */
+int64_t emu_steal(struct emu_region *r, const struct emu_range *ranges, size_t n, int usage);
+enum emu_steal_policy { EMU_STEAL_BY_AGE, EMU_STEAL_ROUND, EMU_STEAL_AT_RANDOM };
+/* Up to `want` frames, of the usages in the set (a bit each), unused ones first; how many were taken. */
+int64_t emu_steal_some(struct emu_region *r, uint64_t want, unsigned usages, int policy, uint64_t seed);
+
 /* ---- aside.c ------------------------------------------------------------------------------------------------- */
 
 /*
@@ -228,8 +293,12 @@ int emu_access_track(struct emu_region *r, int on);
 int emu_access_harvest(struct emu_region *r, uint64_t gfn, uint64_t count, int bits, uint8_t *ret);
 /* One scan: frames in memory (RESIDENT, LAZY) not accessed since the last one get a scan older. ret[age], of 256, is cleared. */
 int emu_access_scan(struct emu_region *r, uint64_t *ret);
-/* Up to `want` RESIDENT frames, oldest first as of the last scan, none younger than min_age, in ranges. */
-int64_t emu_access_victims(struct emu_region *r, int min_age, uint64_t want, struct emu_range *ret, size_t cap, size_t *n);
+/*
+ * Up to `want` RESIDENT frames of the usages in the set (a bit each), oldest first as of the last scan, none younger than
+ * min_age, in ranges. min_age -1: of any age, as a hand that goes round meets them.
+ */
+int64_t emu_access_victims(struct emu_region *r, int min_age, uint64_t want, unsigned usages, struct emu_range *ret,
+                           size_t cap, size_t *n);
 /* Pages written since the last call, by the kernel's word (WP_ASYNC), which starts anew. -EOPNOTSUPP. */
 int64_t emu_access_written(struct emu_region *r);
 
@@ -286,6 +355,7 @@ void emu_content_words(uint64_t seed, uint64_t key, uint64_t *ret); /* the 512 w
 enum emu_event_type {
 	EMU_EV_DISCARD = 1, EMU_EV_LAZY_FREE, EMU_EV_LAZY_DROP, EMU_EV_POISON, EMU_EV_LOST_FAULT, EMU_EV_SERVICE_DIED,
 	EMU_EV_ASIDE, EMU_EV_ASIDE_DROP, EMU_EV_SWAP_OUT, EMU_EV_SWAP_FAILED, EMU_EV_SWAP_CORRUPT,
+	EMU_EV_STEAL,
 	EMU_EV_FAULT /* only while tracing is on */
 };
 struct emu_event {
@@ -345,6 +415,8 @@ enum emu_lru {
 #define EMU_PG_RECLAIM (1u << 7) /* reclaim met it dirty: to the inactive tail once it is written */
 #define EMU_PG_YOUNG (1u << 8)   /* accessed through a mapping since reclaim looked: one bit for all PTEs */
 #define EMU_PG_HANDED (1u << 9)  /* handed over to the host as inactive, and not accessed since */
+#define EMU_PG_WRITABLE (1u << 10) /* some page-table entry may write it (page_states.c) */
+#define EMU_PG_DISCARDED (1u << 11) /* the host has taken it */
 
 struct emu_memmap_stats {
 	int64_t nr_owner[EMU_NR_OWNERS]; /* frames; FREE isn't kept */
@@ -367,8 +439,22 @@ int emu_pages_release(struct emu_memmap *m, const struct emu_range *ranges, size
 /* delta: what is added to mapcounts; young: they are accessed. An unmapped young page counts as accessed (zap_pte_range). */
 int emu_pages_map(struct emu_memmap *m, const struct emu_range *ranges, size_t n, int delta, int young);
 /* A page's flags and whose it is, by its frame; -ERANGE. */
-struct emu_page_info { uint32_t space, index, mapcount; uint16_t flags, gen; uint8_t owner; };
+struct emu_page_info { uint32_t space, index, mapcount; uint32_t flags; uint16_t gen, pins; uint8_t owner; };
 int emu_page_look(struct emu_memmap *m, uint64_t pfn, struct emu_page_info *ret);
+
+/* ---- page_states.c: what the guest's kernel says of its pages (CMM2) ----------------------------------------------- */
+
+#define EMU_STATES_LIGHT 1u       /* only what the allocator says: stable, unused */
+#define EMU_STATES_PER_MAPPING 2u /* no dirty bit a page: what may be written through a mapping is stable */
+#define EMU_STATES_MINOR 4u       /* a minor fault says nothing, and a discard fault repairs */
+#define EMU_STATES_BUFFERS 8u     /* pages that were written have private data (max_buffer_heads isn't 0) */
+#define EMU_STATES_ALL 15u
+/* From now on its kernel says what its pages are worth. The region must stay until emu_page_states_off(). */
+int emu_page_states_on(struct emu_region *r, struct emu_memmap *m, unsigned how);
+int64_t emu_page_states_off(struct emu_memmap *m, uint32_t *gone, size_t cap); /* pages of the cache that the host has taken */
+int emu_pages_allocated(struct emu_memmap *m, const struct emu_range *ranges, size_t n);
+int emu_pages_put(struct emu_memmap *m, const struct emu_range *ranges, size_t n);
+int emu_pages_writable(struct emu_memmap *m, const struct emu_range *ranges, size_t n);
 
 /* ---- pagecache.c: spaces, which know the page of each index (address_space) ----------------------------------- */
 
@@ -378,6 +464,7 @@ struct emu_space {
 	uint64_t nr_slots;
 	size_t len; /* of the slots' mapping; 0: malloc'ed */
 	int64_t nr_pages, nr_dirty, nr_writeback, nr_shadows;
+	int mlocked; /* some page of it was, once: all stay stable (page_states.c) */
 };
 int emu_space_create(struct emu_memmap *m, uint64_t pages, struct emu_space **ret);
 int emu_space_resize(struct emu_memmap *m, struct emu_space *s, uint64_t pages); /* -EBUSY: pages are there beyond it */
@@ -388,6 +475,8 @@ int emu_space_destroy(struct emu_memmap *m, struct emu_space *s); /* -EBUSY: it 
 #define EMU_LOOKUP_READAHEAD 4u  /* end after a page with PG_readahead */
 #define EMU_LOOKUP_BACKWARD 8u   /* only count, from first down */
 #define EMU_LOOKUP_ABSENT 16u    /* only count, the pages that aren't there */
+#define EMU_LOOKUP_GET 32u       /* take a reference to each, which emu_pages_put() drops */
+#define EMU_LOOKUP_GONE (1 << 29) /* in the answer: the page after these is in the cache, but the host has taken it */
 #define EMU_LOOKUP_MARKER (1 << 30) /* in the answer: the last page has PG_readahead */
 /*
  * How many pages in a row, from `first` on and at most `count`, are there; the first of them as (gfn, count, key = index)

@@ -67,7 +67,7 @@ void emu_lru_del(struct emu_memmap *m, uint32_t pfn)
 	m->t.page[p->prev].next = p->next;
 	m->t.page[p->next].prev = p->prev;
 	m->stats.nr_lru[list_of(p)]--;
-	p->flags &= (uint16_t)~PG_LRU;
+	p->flags &= ~(uint32_t)PG_LRU;
 }
 
 /* To the head of the list that it belongs to with these flags (or the tail). */
@@ -76,7 +76,7 @@ static void move(struct emu_memmap *m, uint32_t pfn, unsigned set, unsigned clea
 	struct emu_page *p = page_of(m, pfn);
 
 	emu_lru_del(m, pfn);
-	p->flags = (uint16_t)((p->flags | set) & ~clear);
+	p->flags = (p->flags | set) & ~clear;
 	add(m, pfn, tail);
 	if (p->space != NO_SPACE)
 		emu_page_classify(m, pfn);
@@ -135,13 +135,16 @@ static void shrink_active(struct emu_memmap *m, struct emu_shrink *ret)
 {
 	const uint32_t head = head_of(m, EMU_LRU_ACTIVE_FILE);
 
+	emu_states_begin(m);
 	while (ret->nr_scanned < ret->nr_to_scan && m->t.page[head].prev != head) {
 		uint32_t pfn = m->t.page[head].prev;
 
 		ret->nr_scanned++;
 		ret->nr_deactivated++;
 		move(m, pfn, EMU_PG_WORKINGSET, EMU_PG_ACTIVE | EMU_PG_YOUNG, false);
+		emu_page_make_volatile(m, pfn, EMU_CAUSE_SINK);
 	}
+	emu_states_end(m);
 	m->stats.pgrefill += (int64_t)ret->nr_scanned;
 	m->stats.pgdeactivate += (int64_t)ret->nr_deactivated;
 }
@@ -166,7 +169,7 @@ static void shrink_page(struct emu_memmap *m, uint32_t pfn, struct emu_shrink *r
 	struct emu_page *p = page_of(m, pfn);
 	bool young = has(p, EMU_PG_YOUNG), referenced = has(p, EMU_PG_REFERENCED);
 
-	if (has(p, EMU_PG_LOCKED)) {
+	if (has(p, EMU_PG_LOCKED) || p->pins) {
 		keep(m, pfn, 0, ret);
 		return;
 	}
@@ -176,7 +179,7 @@ static void shrink_page(struct emu_memmap *m, uint32_t pfn, struct emu_shrink *r
 		return;
 	}
 	/* folio_check_references() */
-	p->flags &= (uint16_t)~(EMU_PG_YOUNG | EMU_PG_REFERENCED);
+	p->flags &= ~(uint32_t)(EMU_PG_YOUNG | EMU_PG_REFERENCED);
 	if (young) {
 		if (referenced)
 			activate(m, pfn, EMU_PG_REFERENCED, ret);
@@ -246,7 +249,7 @@ int emu_lru_age(struct emu_memmap *m, struct emu_aging *ret)
 				ret->nr_sunk++;
 				continue;
 			}
-			if (age < ret->free_after || has(p, busy) || p->mapcount || (ret->most && ret->nr_freed >= ret->most))
+			if (age < ret->free_after || has(p, busy) || p->mapcount || p->pins || (ret->most && ret->nr_freed >= ret->most))
 				continue;
 			if (ret->hand_over) {
 				if (!has(p, EMU_PG_HANDED))

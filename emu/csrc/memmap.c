@@ -139,10 +139,12 @@ int emu_pages_release(struct emu_memmap *m, const struct emu_range *ranges, size
 		for (uint64_t k = 0; k < ranges[i].count; k++)
 			if (m->t.owner[ranges[i].gfn + k] && page_of(m, (uint32_t)(ranges[i].gfn + k))->space != NO_SPACE)
 				return -EBUSY;
+	emu_states_begin(m);
 	for (size_t i = 0; i < n; i++)
 		for (uint64_t k = 0; k < ranges[i].count; k++) {
 			uint32_t pfn = (uint32_t)(ranges[i].gfn + k);
 
+			emu_page_freed(m, pfn);
 			if (!m->t.owner[pfn])
 				continue; /* nobody's: its descriptor may never have been written, and stays so */
 			if (has(page_of(m, pfn), PG_LRU))
@@ -150,6 +152,7 @@ int emu_pages_release(struct emu_memmap *m, const struct emu_range *ranges, size
 			page_of(m, pfn)->flags = 0;
 			emu_page_own(m, pfn, EMU_OWNER_FREE);
 		}
+	emu_states_end(m);
 	return 0;
 }
 
@@ -157,14 +160,18 @@ int emu_pages_map(struct emu_memmap *m, const struct emu_range *ranges, size_t n
 {
 	if (!emu_memmap_ranges_ok(m, ranges, n))
 		return -ERANGE;
+	if (delta < 0)
+		emu_states_begin(m);
 	for (size_t i = 0; i < n; i++)
 		for (uint64_t k = 0; k < ranges[i].count; k++) {
 			uint32_t pfn = (uint32_t)(ranges[i].gfn + k);
 			struct emu_page *p = page_of(m, pfn);
 			bool was = p->mapcount != 0;
 
-			if (delta < 0 && p->mapcount < (uint32_t)-delta)
+			if (delta < 0 && p->mapcount < (uint32_t)-delta) {
+				emu_states_end(m);
 				return -EINVAL;
+			}
 			p->mapcount += (uint32_t)delta;
 			m->stats.nr_mapped += (p->mapcount != 0) - was;
 			if (young) {
@@ -172,10 +179,19 @@ int emu_pages_map(struct emu_memmap *m, const struct emu_range *ranges, size_t n
 				stamp(m, p);
 			}
 			if (delta < 0 && has(p, EMU_PG_YOUNG)) {
-				p->flags &= (uint16_t)~EMU_PG_YOUNG;
+				p->flags &= ~(uint32_t)EMU_PG_YOUNG;
 				emu_lru_accessed(m, pfn);
 			}
+			if (was && !p->mapcount) {
+				const bool writable = has(p, EMU_PG_WRITABLE);
+
+				/* whoever could write it has told by now whether it is dirty (filemap.py) */
+				p->flags &= ~EMU_PG_WRITABLE;
+				if (writable || !(m->states.how & EMU_STATES_MINOR))
+					emu_page_make_volatile(m, pfn, EMU_CAUSE_UNMAP);
+			}
 		}
+	emu_states_end(m);
 	return 0;
 }
 
@@ -187,6 +203,6 @@ int emu_page_look(struct emu_memmap *m, uint64_t pfn, struct emu_page_info *ret)
 		return -ERANGE;
 	p = page_of(m, (uint32_t)pfn);
 	*ret = (struct emu_page_info){ .space = p->space, .index = p->index, .mapcount = p->mapcount,
-		                       .flags = p->flags, .gen = p->gen, .owner = m->t.owner[pfn] };
+		                       .flags = p->flags, .gen = p->gen, .pins = p->pins, .owner = m->t.owner[pfn] };
 	return 0;
 }

@@ -160,10 +160,15 @@ static int64_t frame_at(const struct emu_space *s, uint64_t index)
 	return slot && slot < SHADOW ? (int64_t)slot - 1 : -1;
 }
 
+static bool joins(const struct emu_range *runs, size_t n, uint32_t pfn, uint64_t index)
+{
+	return n && runs[n - 1].gfn + runs[n - 1].count == pfn && runs[n - 1].key + runs[n - 1].count == index;
+}
+
 /* Append to runs, joined where it can be; false: there is no room. */
 static bool append(struct emu_range *runs, size_t cap, size_t *n, uint32_t pfn, uint64_t index)
 {
-	if (*n && runs[*n - 1].gfn + runs[*n - 1].count == pfn && runs[*n - 1].key + runs[*n - 1].count == index) {
+	if (joins(runs, *n, pfn, index)) {
 		runs[*n - 1].count++;
 		return true;
 	}
@@ -176,7 +181,7 @@ static bool append(struct emu_range *runs, size_t cap, size_t *n, uint32_t pfn, 
 int64_t emu_space_lookup(struct emu_memmap *m, struct emu_space *s, uint64_t first, uint64_t count, unsigned how,
                          struct emu_range *runs, size_t cap, size_t *nr_runs)
 {
-	int64_t pfn;
+	int64_t pfn, flags = 0;
 	uint64_t k = 0;
 
 	*nr_runs = 0;
@@ -190,17 +195,32 @@ int64_t emu_space_lookup(struct emu_memmap *m, struct emu_space *s, uint64_t fir
 			k++;
 		return (int64_t)k;
 	}
+	if (how & EMU_LOOKUP_GET)
+		emu_states_begin(m);
 	for (; k < count && (pfn = frame_at(s, first + k)) >= 0; k++) {
-		if (runs && !append(runs, cap, nr_runs, (uint32_t)pfn, first + k))
+		if (runs && *nr_runs == cap && !joins(runs, *nr_runs, (uint32_t)pfn, first + k))
 			break;
+		if (how & EMU_LOOKUP_GET) {
+			if (!emu_page_make_stable(m, (uint32_t)pfn, EMU_CAUSE_LOOKUP)) {
+				flags |= EMU_LOOKUP_GONE;
+				break;
+			}
+			page_of(m, (uint32_t)pfn)->pins++;
+		}
+		if (runs)
+			append(runs, cap, nr_runs, (uint32_t)pfn, first + k);
 		if (how & EMU_LOOKUP_SKIP_FIRST && !k)
 			stamp(m, page_of(m, (uint32_t)pfn)); /* used, if not once more */
 		else if (how & EMU_LOOKUP_MARK)
 			emu_lru_accessed(m, (uint32_t)pfn);
-		if (how & EMU_LOOKUP_READAHEAD && has(page_of(m, (uint32_t)pfn), EMU_PG_READAHEAD))
-			return (int64_t)(k + 1) | EMU_LOOKUP_MARKER;
+		if (how & EMU_LOOKUP_READAHEAD && has(page_of(m, (uint32_t)pfn), EMU_PG_READAHEAD)) {
+			flags |= EMU_LOOKUP_MARKER;
+			k++;
+			break;
+		}
 	}
-	return (int64_t)k;
+	emu_states_end(m);
+	return (int64_t)k | flags;
 }
 
 int emu_space_insert(struct emu_memmap *m, struct emu_space *s, const struct emu_range *ranges, size_t n, unsigned how)
@@ -217,6 +237,7 @@ int emu_space_insert(struct emu_memmap *m, struct emu_space *s, const struct emu
 				return -EBUSY;
 		}
 	}
+	emu_states_begin(m);
 	for (size_t i = 0; i < n; i++)
 		for (uint64_t k = 0; k < ranges[i].count; k++) {
 			uint32_t pfn = (uint32_t)(ranges[i].gfn + k), index = (uint32_t)(ranges[i].key + k);
@@ -234,9 +255,13 @@ int emu_space_insert(struct emu_memmap *m, struct emu_space *s, const struct emu
 			/* a page that is rewritten tells nothing of a working set (filemap_add_folio) */
 			if (shadow && !(how & EMU_INSERT_WRITE))
 				emu_lru_refault(m, pfn, shadow);
+			if (how & EMU_INSERT_DIRTY && m->states.how & EMU_STATES_BUFFERS)
+				p->flags |= PG_PRIVATE;
 			emu_lru_add(m, pfn);
 			emu_page_classify(m, pfn);
+			emu_page_make_volatile(m, pfn, EMU_CAUSE_READ);
 		}
+	emu_states_end(m);
 	return 0;
 }
 
@@ -283,7 +308,7 @@ int64_t emu_space_remove(struct emu_memmap *m, struct emu_space *s, uint64_t fir
 		if (how == EMU_REMOVE_TRUNCATE) {
 			if (p->mapcount)
 				return taken ? taken : -EBUSY;
-		} else if (has(p, busy) || p->mapcount || (how == EMU_REMOVE_EVICT && has(p, EMU_PG_REFERENCED | EMU_PG_YOUNG))) {
+		} else if (has(p, busy) || p->mapcount || p->pins || (how == EMU_REMOVE_EVICT && has(p, EMU_PG_REFERENCED | EMU_PG_YOUNG))) {
 			continue;
 		}
 		emu_space_drop(m, (uint32_t)pfn, how == EMU_REMOVE_EVICT ? emu_lru_shadow(m, (uint32_t)pfn) : 0);
@@ -302,16 +327,17 @@ int64_t emu_space_flag(struct emu_memmap *m, struct emu_space *s, uint64_t first
 		return -EINVAL;
 	if (end > s->nr_slots)
 		end = s->nr_slots;
+	emu_states_begin(m);
 	for (uint64_t i = first; i < end; i++) {
 		struct emu_page *p;
-		uint16_t before;
+		uint32_t before;
 
 		pfn = frame_at(s, i);
 		if (pfn < 0)
 			continue;
 		p = page_of(m, (uint32_t)pfn);
 		before = p->flags;
-		p->flags = (uint16_t)((before | set) & ~clear);
+		p->flags = (before | set) & ~clear;
 		if (set & EMU_PG_DIRTY)
 			stamp(m, p); /* written: nothing to the lists, as in Linux, but an access to who goes by age */
 		if (p->flags == before)
@@ -321,11 +347,19 @@ int64_t emu_space_flag(struct emu_memmap *m, struct emu_space *s, uint64_t first
 		s->nr_writeback += has(p, EMU_PG_WRITEBACK) - !!(before & EMU_PG_WRITEBACK);
 		/* folio_end_writeback(): reclaim wanted it, and can have it now */
 		if (before & EMU_PG_WRITEBACK && !has(p, EMU_PG_WRITEBACK | EMU_PG_DIRTY) && has(p, EMU_PG_RECLAIM)) {
-			p->flags &= (uint16_t)~EMU_PG_RECLAIM;
+			p->flags &= ~(uint32_t)EMU_PG_RECLAIM;
 			emu_lru_rotate(m, (uint32_t)pfn);
 		}
+		if (set & EMU_PG_DIRTY) {
+			emu_page_make_stable(m, (uint32_t)pfn, EMU_CAUSE_MKWRITE); /* it was, but for a caller's mistake */
+			if (m->states.how & EMU_STATES_BUFFERS)
+				p->flags |= PG_PRIVATE;
+		}
 		emu_page_classify(m, (uint32_t)pfn);
+		if (before & clear & (EMU_PG_WRITEBACK | EMU_PG_LOCKED))
+			emu_page_make_volatile(m, (uint32_t)pfn, EMU_CAUSE_WRITEBACK);
 	}
+	emu_states_end(m);
 	return changed;
 }
 

@@ -8,6 +8,7 @@
  *   poison      MADV_DONTNEED   and every access fails from then on           -> LOST
  *   unpoison                    the only way out of LOST: never a side effect -> ZERO
  *   drop        MADV_DONTNEED   of what was set aside and not asked for       ASIDE -> ZERO, or DISCARDED
+ *   steal       MADV_DONTNEED   of what its guest calls unused, or volatile   -> ZERO, or DISCARDED
  *
  * One engine under all: walk the ranges, claim frames into BUSY, gather neighbours into runs and runs into a batch,
  * make one system call for the batch, publish.  A batch holds at most BATCH frames, which bounds how long a fault may
@@ -56,25 +57,36 @@
 
 #define IN(s) (1u << EMU_##s)
 
-enum verb { DISCARD, LAZY_FREE, LAZY_DROP, POISON, UNPOISON, ASIDE_DROP, ASIDE_EVICT };
+#define OF(u) (1u << EMU_##u)
+
+enum verb { DISCARD, LAZY_FREE, LAZY_DROP, POISON, UNPOISON, ASIDE_DROP, ASIDE_EVICT, STEAL_UNUSED, STEAL_VOLATILE };
 
 static const struct {
 	uint32_t claims; /* states that the verb takes */
+	uint32_t usages; /* and what their guest must say of them */
 	int advice;
 	int event;
 	enum emu_stat frames, calls;
 } verbs[] = {
-	[DISCARD] = { IN(ZEROMAP) | IN(RESIDENT) | IN(LAZY) | IN(ASIDE) | IN(DISCARDED), MADV_DONTNEED, EMU_EV_DISCARD,
+	[DISCARD] = { IN(ZEROMAP) | IN(RESIDENT) | IN(LAZY) | IN(ASIDE) | IN(DISCARDED), EMU_ANY_USAGE, MADV_DONTNEED, EMU_EV_DISCARD,
 	              EMU_STAT_discard_frames, EMU_STAT_discard_calls },
-	[LAZY_FREE] = { IN(RESIDENT) | IN(LAZY), MADV_FREE, EMU_EV_LAZY_FREE,
+	/* a volatile page that goes without an event would read as zeros */
+	[LAZY_FREE] = { IN(RESIDENT) | IN(LAZY), OF(STABLE) | OF(UNUSED), MADV_FREE, EMU_EV_LAZY_FREE,
 	                EMU_STAT_lazyfree_frames, EMU_STAT_lazyfree_calls },
-	[LAZY_DROP] = { IN(LAZY), MADV_PAGEOUT, EMU_EV_LAZY_DROP,
+	[LAZY_DROP] = { IN(LAZY), EMU_ANY_USAGE, MADV_PAGEOUT, EMU_EV_LAZY_DROP,
 	                EMU_STAT_lazydrop_frames, EMU_STAT_lazydrop_calls },
-	[POISON] = { IN(ZERO) | IN(ZEROMAP) | IN(RESIDENT) | IN(LAZY) | IN(ASIDE) | IN(DISCARDED), MADV_DONTNEED, EMU_EV_POISON,
+	[POISON] = { IN(ZERO) | IN(ZEROMAP) | IN(RESIDENT) | IN(LAZY) | IN(ASIDE) | IN(DISCARDED), EMU_ANY_USAGE, MADV_DONTNEED,
+	             EMU_EV_POISON,
 	             EMU_STAT_poison_frames, EMU_STAT_discard_calls },
-	[UNPOISON] = { IN(LOST), MADV_DONTNEED, 0, EMU_STAT_unpoison_frames, EMU_STAT_discard_calls },
-	[ASIDE_DROP] = { IN(ASIDE), MADV_DONTNEED, EMU_EV_ASIDE_DROP, EMU_STAT_aside_dropped, EMU_STAT_discard_calls },
-	[ASIDE_EVICT] = { IN(ASIDE), MADV_DONTNEED, EMU_EV_ASIDE_DROP, EMU_STAT_aside_dropped, EMU_STAT_discard_calls },
+	[UNPOISON] = { IN(LOST), EMU_ANY_USAGE, MADV_DONTNEED, 0, EMU_STAT_unpoison_frames, EMU_STAT_discard_calls },
+	[ASIDE_DROP] = { IN(ASIDE), EMU_ANY_USAGE, MADV_DONTNEED, EMU_EV_ASIDE_DROP, EMU_STAT_aside_dropped,
+	                 EMU_STAT_discard_calls },
+	[ASIDE_EVICT] = { IN(ASIDE), EMU_ANY_USAGE, MADV_DONTNEED, EMU_EV_ASIDE_DROP, EMU_STAT_aside_dropped,
+	                  EMU_STAT_discard_calls },
+	[STEAL_UNUSED] = { IN(RESIDENT) | IN(LAZY) | IN(ASIDE), OF(UNUSED), MADV_DONTNEED, EMU_EV_STEAL, EMU_STAT_steal_unused,
+	                   EMU_STAT_discard_calls },
+	[STEAL_VOLATILE] = { IN(RESIDENT) | IN(LAZY) | IN(ASIDE), OF(VOLATILE), MADV_DONTNEED, EMU_EV_STEAL,
+	                     EMU_STAT_steal_volatile, EMU_STAT_discard_calls },
 };
 
 struct batch {
@@ -97,8 +109,10 @@ static uint8_t outcome(enum verb verb, uint8_t prior, bool absent)
 	case DISCARD:
 	case UNPOISON:
 	case ASIDE_DROP:
+	case STEAL_UNUSED:
 		return EMU_ZERO;
 	case ASIDE_EVICT:
+	case STEAL_VOLATILE:
 		return EMU_DISCARDED;
 	case LAZY_FREE:
 		return EMU_LAZY;
@@ -139,7 +153,7 @@ static int publish(struct batch *b, const struct iovec *run, const uint8_t *prio
 
 	if (ask)
 		emu_pages_there(r, run->iov_base, n, there);
-	if (how == DONE && (b->verb == POISON || b->verb == ASIDE_EVICT))
+	if (how == DONE && (b->verb == POISON || b->verb == ASIDE_EVICT || b->verb == STEAL_VOLATILE))
 		err = emu_lose(r, gfn, n); /* LOST in any case: the byte is the truth, and guarded accesses obey it */
 	if (how == DONE && b->verb == UNPOISON && (err = emu_find(r, gfn, n)))
 		how = UNTOUCHED;
@@ -196,7 +210,8 @@ static int flush(struct batch *b)
 			emu_state_moved(b->r, from, to, b->moved[from][to]);
 	taken = b->taken - before;
 	if (b->verb != ASIDE_DROP && b->verb != ASIDE_EVICT) {
-		const int64_t aside = b->moved[EMU_ASIDE][EMU_ZERO] + b->moved[EMU_ASIDE][EMU_LOST];
+		const int64_t aside = b->moved[EMU_ASIDE][EMU_ZERO] + b->moved[EMU_ASIDE][EMU_LOST] +
+		                      b->moved[EMU_ASIDE][EMU_DISCARDED];
 
 		emu_stat_add(b->r, EMU_STAT_aside_dropped, aside);
 		taken -= b->verb == DISCARD ? aside : 0; /* discard_frames are those of the guest's RAM */
@@ -218,12 +233,13 @@ static bool stamp_fits(const struct batch *b, uint64_t gfn)
 static int gather(struct batch *b, uint64_t gfn, uint64_t end)
 {
 	struct emu_region *r = b->r;
-	const uint32_t claims = verbs[b->verb].claims;
-	const uint64_t most_frames = b->verb == DISCARD ? BATCH : FEW;
+	const uint32_t claims = verbs[b->verb].claims, usages = verbs[b->verb].usages;
+	const uint64_t most_frames = b->verb == DISCARD || b->verb == STEAL_UNUSED ||
+	                                     (b->verb == STEAL_VOLATILE && b->r->service == EMU_SERVICE_INLINE) ? BATCH : FEW;
 	const size_t most_runs = r->vectored ? RUNS : SINGLE;
 
 	while (gfn < end) {
-		uint8_t state, *at;
+		uint8_t byte, state, *at;
 		bool joins;
 		uint64_t n;
 		int err;
@@ -237,7 +253,8 @@ static int gather(struct batch *b, uint64_t gfn, uint64_t end)
 			gfn += EMU_BLOCK_FRAMES;
 			continue;
 		}
-		state = emu_state_load(r, gfn);
+		byte = emu_byte_load(r, gfn);
+		state = emu_byte_state(byte);
 		if (state == EMU_BUSY) {
 			err = flush(b);
 			if (err)
@@ -250,7 +267,7 @@ static int gather(struct batch *b, uint64_t gfn, uint64_t end)
 			b->taken += b->verb == DISCARD ? (int64_t)n : 0;
 			continue; /* ZERO now, or somebody else's: read the byte again */
 		}
-		if (!(claims & (1u << state))) {
+		if (!(claims >> state & 1) || !(usages >> emu_byte_usage(byte) & 1)) {
 			gfn++;
 			continue;
 		}
@@ -264,7 +281,7 @@ static int gather(struct batch *b, uint64_t gfn, uint64_t end)
 			continue; /* time has passed: read the byte again */
 		}
 		n = most_frames - b->frames;
-		n = emu_state_claim(r, gfn, end - gfn < n ? end - gfn : n, state);
+		n = emu_state_claim_used(r, gfn, end - gfn < n ? end - gfn : n, state, usages);
 		if (!n)
 			continue;
 		if (b->verb == ASIDE_DROP || b->verb == ASIDE_EVICT) {
@@ -342,6 +359,14 @@ int64_t emu_poison(struct emu_region *r, const struct emu_range *ranges, size_t 
 int64_t emu_unpoison(struct emu_region *r, const struct emu_range *ranges, size_t n)
 {
 	return reclaim(r, ranges, n, UNPOISON, -1);
+}
+
+/* What its guest says that it doesn't need (EMU_UNUSED), or can have again (EMU_VOLATILE). Others stay. */
+int64_t emu_reclaim_steal(struct emu_region *r, const struct emu_range *ranges, size_t n, int usage)
+{
+	if (usage != EMU_UNUSED && usage != EMU_VOLATILE)
+		return -EINVAL;
+	return reclaim(r, ranges, n, usage == EMU_UNUSED ? STEAL_UNUSED : STEAL_VOLATILE, -1);
 }
 
 int64_t emu_aside_drop(struct emu_region *r, const struct emu_range *ranges, size_t n, int stamp, int evict)

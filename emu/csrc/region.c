@@ -299,6 +299,7 @@ int emu_region_close(struct emu_region *r)
 		emu_uffd_unregister(r->uffd, (uintptr_t)r->base, r->frames << EMU_FRAME_SHIFT);
 	emu_swap_free(r);
 	emu_access_free(r);
+	emu_usage_free(r);
 	emu_aside_free(r);
 	emu_gate_detach(r);
 	munmap(r->tables, r->tables_len);

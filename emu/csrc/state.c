@@ -76,12 +76,6 @@ bool emu_state_legal(uint8_t from, uint8_t to, bool uffd)
 	return ((legal[from] | (uffd ? 0 : legal_off[from])) >> to) & 1;
 }
 
-uint8_t emu_state_load(const struct emu_region *r, uint64_t gfn)
-{
-	/* acquire: pairs with the release in publish; the page is installed before the byte says so */
-	return atomic_load_explicit(&r->state[gfn], memory_order_acquire);
-}
-
 static void summary_add(struct emu_region *r, uint64_t gfn, uint32_t n)
 {
 	atomic_fetch_add_explicit(&r->summary[gfn / EMU_BLOCK_FRAMES], n, memory_order_relaxed);
@@ -89,10 +83,14 @@ static void summary_add(struct emu_region *r, uint64_t gfn, uint32_t n)
 
 bool emu_state_try(struct emu_region *r, uint64_t gfn, uint8_t from, uint8_t to)
 {
+	uint8_t byte = atomic_load_explicit(&r->state[gfn], memory_order_relaxed);
+
 	assert(emu_state_legal(from, to, r->service != EMU_SERVICE_OFF));
-	if (!atomic_compare_exchange_strong_explicit(&r->state[gfn], &from, to, memory_order_acq_rel,
-	                                             memory_order_relaxed))
-		return false;
+	do {
+		if (emu_byte_state(byte) != from)
+			return false;
+	} while (!atomic_compare_exchange_weak_explicit(&r->state[gfn], &byte, (uint8_t)((byte & ~EMU_STATE_MASK) | to),
+	                                                memory_order_acq_rel, memory_order_relaxed));
 	if (from == EMU_ZERO)
 		summary_add(r, gfn, 1);
 	return true;
@@ -106,10 +104,11 @@ static uint64_t in_block(uint64_t gfn, uint64_t end)
 	return next < end ? next : end;
 }
 
-static uint64_t bytes8(uint8_t state)
+static uint64_t bytes8(uint8_t byte)
 {
-	return state * (uint64_t)0x0101010101010101;
+	return byte * (uint64_t)0x0101010101010101;
 }
+#define STATES8 bytes8(EMU_STATE_MASK)
 
 static uint64_t *word8(const struct emu_region *r, uint64_t gfn)
 {
@@ -125,6 +124,40 @@ static uint64_t *word8(const struct emu_region *r, uint64_t gfn)
  */
 uint64_t emu_state_claim(struct emu_region *r, uint64_t gfn, uint64_t most, uint8_t from)
 {
+	return emu_state_claim_used(r, gfn, most, from, EMU_ANY_USAGE);
+}
+
+static bool usage_in(uint8_t byte, unsigned usages)
+{
+	return usages >> emu_byte_usage(byte) & 1;
+}
+
+/* Eight frames from one state into BUSY, if all are in it, and of usages in the set: one usage, or any. */
+static bool claim8(struct emu_region *r, uint64_t gfn, uint8_t from, unsigned usages)
+{
+	uint64_t word = __atomic_load_n(word8(r, gfn), __ATOMIC_RELAXED);
+
+	if ((word & STATES8) != bytes8(from) ||
+	    (usages != EMU_ANY_USAGE && (word != bytes8((uint8_t)word) || !usage_in((uint8_t)word, usages))))
+		return false;
+	return __atomic_compare_exchange_n(word8(r, gfn), &word, (word & ~STATES8) | bytes8(EMU_BUSY), false, __ATOMIC_ACQ_REL,
+	                                   __ATOMIC_RELAXED);
+}
+
+static bool claim1(struct emu_region *r, uint64_t gfn, uint8_t from, unsigned usages)
+{
+	uint8_t byte = atomic_load_explicit(&r->state[gfn], memory_order_relaxed);
+
+	do {
+		if (emu_byte_state(byte) != from || !usage_in(byte, usages))
+			return false;
+	} while (!atomic_compare_exchange_weak_explicit(&r->state[gfn], &byte, (uint8_t)((byte & ~EMU_STATE_MASK) | EMU_BUSY),
+	                                                memory_order_acq_rel, memory_order_relaxed));
+	return true;
+}
+
+uint64_t emu_state_claim_used(struct emu_region *r, uint64_t gfn, uint64_t most, uint8_t from, unsigned usages)
+{
 	const uint64_t start = gfn, end = gfn + most;
 
 	assert(emu_state_legal(from, EMU_BUSY, r->service != EMU_SERVICE_OFF));
@@ -132,19 +165,12 @@ uint64_t emu_state_claim(struct emu_region *r, uint64_t gfn, uint64_t most, uint
 		const uint64_t first = gfn, last = in_block(gfn, end);
 
 		while (gfn < last) {
-			uint64_t word = bytes8(from);
-			uint8_t byte = from;
-
-			if (WORDS && gfn % 8 == 0 && last - gfn >= 8 &&
-			    __atomic_compare_exchange_n(word8(r, gfn), &word, bytes8(EMU_BUSY), false, __ATOMIC_ACQ_REL,
-			                                __ATOMIC_RELAXED)) {
+			if (WORDS && gfn % 8 == 0 && last - gfn >= 8 && claim8(r, gfn, from, usages))
 				gfn += 8;
-				continue;
-			}
-			if (!atomic_compare_exchange_strong_explicit(&r->state[gfn], &byte, EMU_BUSY, memory_order_acq_rel,
-			                                             memory_order_relaxed))
+			else if (claim1(r, gfn, from, usages))
+				gfn++;
+			else
 				break;
-			gfn++;
 		}
 		if (from == EMU_ZERO && gfn > first)
 			summary_add(r, first, (uint32_t)(gfn - first));
@@ -154,13 +180,32 @@ uint64_t emu_state_claim(struct emu_region *r, uint64_t gfn, uint64_t most, uint
 	return gfn - start;
 }
 
-void emu_state_publish(struct emu_region *r, uint64_t gfn, uint8_t to)
+/*
+ * The byte of a frame that rests in state `to`, of the usage that it had: only the legal pairs exist (usage.c).  What is
+ * discarded was volatile; what is in the store is kept, and so is stable; what its owner gives back isn't volatile any more.
+ */
+static uint8_t rest(uint8_t usage, uint8_t to)
 {
-	assert(atomic_load_explicit(&r->state[gfn], memory_order_relaxed) == EMU_BUSY);
+	if (to == EMU_DISCARDED)
+		usage = EMU_VOLATILE;
+	else if (to == EMU_PRESERVED || to == EMU_LOST || (to == EMU_ZERO && usage != EMU_UNUSED))
+		usage = EMU_STABLE;
+	return (uint8_t)(usage << EMU_USAGE_SHIFT) | to;
+}
+
+/* Nobody changes a BUSY frame's byte but its holder: so there is no exchange here, but a store. */
+void emu_state_publish_as(struct emu_region *r, uint64_t gfn, uint8_t to, uint8_t usage)
+{
+	assert(emu_byte_state(atomic_load_explicit(&r->state[gfn], memory_order_relaxed)) == EMU_BUSY);
 	assert(emu_state_legal(EMU_BUSY, to, true));
 	if (to == EMU_ZERO)
 		summary_add(r, gfn, -1u);
-	atomic_store_explicit(&r->state[gfn], to, memory_order_release);
+	atomic_store_explicit(&r->state[gfn], rest(usage, to), memory_order_release);
+}
+
+void emu_state_publish(struct emu_region *r, uint64_t gfn, uint8_t to)
+{
+	emu_state_publish_as(r, gfn, to, emu_byte_usage(atomic_load_explicit(&r->state[gfn], memory_order_relaxed)));
 }
 
 /* The same for frames [gfn, gfn + count), all of which the caller holds. */
@@ -175,12 +220,15 @@ void emu_state_publish_run(struct emu_region *r, uint64_t gfn, uint64_t count, u
 		if (to == EMU_ZERO)
 			summary_add(r, gfn, -(uint32_t)(last - gfn));
 		while (gfn < last) {
-			assert(atomic_load_explicit(&r->state[gfn], memory_order_relaxed) == EMU_BUSY);
-			if (WORDS && gfn % 8 == 0 && last - gfn >= 8) {
-				__atomic_store_n(word8(r, gfn), bytes8(to), __ATOMIC_RELEASE);
+			const uint8_t byte = atomic_load_explicit(&r->state[gfn], memory_order_relaxed);
+			const uint8_t at_rest = rest(emu_byte_usage(byte), to);
+
+			assert(emu_byte_state(byte) == EMU_BUSY);
+			if (WORDS && gfn % 8 == 0 && last - gfn >= 8 && __atomic_load_n(word8(r, gfn), __ATOMIC_RELAXED) == bytes8(byte)) {
+				__atomic_store_n(word8(r, gfn), bytes8(at_rest), __ATOMIC_RELEASE);
 				gfn += 8;
 			} else {
-				atomic_store_explicit(&r->state[gfn++], to, memory_order_release);
+				atomic_store_explicit(&r->state[gfn++], at_rest, memory_order_release);
 			}
 		}
 	}

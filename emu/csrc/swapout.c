@@ -33,6 +33,7 @@ struct out {
 	uint32_t pending_at[GROUP];
 	uint8_t pending_of[GROUP]; /* which frame of the group */
 	struct emu_slot slot[GROUP];
+	int64_t dropped; /* frames that its guest doesn't need: steal.c */
 	int stored[GROUP]; /* by frame: 1, or -errno */
 	uint8_t bytes[EMU_FRAME_SIZE];
 };
@@ -170,6 +171,7 @@ static int64_t store_range(struct out *o, uint64_t gfn, uint64_t end, int *err)
 
 	while (gfn < end && !*err) {
 		uint8_t state = emu_state_load(r, gfn);
+		uint64_t done, keep;
 		uint32_t n, looked;
 
 		if (state == EMU_BUSY) {
@@ -187,6 +189,16 @@ static int64_t store_range(struct out *o, uint64_t gfn, uint64_t end, int *err)
 			gfn++;
 			continue;
 		}
+		done = emu_steal_held(r, gfn, n, &keep);
+		if (done || keep < n) {
+			emu_state_publish_run(r, gfn + done + keep, n - done - keep, EMU_ASIDE);
+			emu_state_wake(r, gfn, n);
+		}
+		o->dropped += (int64_t)done;
+		gfn += done;
+		if (done)
+			continue;
+		n = (uint32_t)keep;
 		went += store_group(o, gfn, n, &looked, err);
 		gfn += looked;
 		if (looked < n) /* let the one who waits have it */
@@ -195,26 +207,62 @@ static int64_t store_range(struct out *o, uint64_t gfn, uint64_t end, int *err)
 	return went;
 }
 
+static void close_out(struct out *o)
+{
+	if (o) {
+		free(o->state);
+		free(o->file);
+	}
+	free(o);
+}
+
+static struct out *open_out(struct emu_region *r)
+{
+	struct emu_swap *sw = emu_swap_of(r);
+	struct out *o = calloc(1, sizeof(*o));
+
+	if (!o)
+		return NULL;
+	o->r = r;
+	o->sw = sw;
+	o->state = sw->lz4 ? malloc(sw->lz4->state_size) : NULL;
+	o->file = emu_store_has_file(sw->store) ? aligned_alloc(EMU_FRAME_SIZE, GROUP * EMU_FRAME_SIZE) : NULL;
+	if ((sw->lz4 && !o->state) || (emu_store_has_file(sw->store) && !o->file)) {
+		close_out(o);
+		return NULL;
+	}
+	return o;
+}
+
+/* What was set aside for it by somebody else (steal.c). Returns how many frames went; the others are still aside. */
+int64_t emu_swap_store(struct emu_region *r, uint64_t gfn, uint64_t end)
+{
+	struct out *o = open_out(r);
+	int err = o ? 0 : -ENOMEM;
+	int64_t went = o ? store_range(o, gfn, end, &err) : 0;
+
+	close_out(o);
+	emu_stat_add(r, EMU_STAT_swap_out_frames, went);
+	if (err)
+		emu_store_failed(emu_swap_of(r)->store, -err);
+	return went;
+}
+
 static int64_t swap_out(struct emu_region *r, const struct emu_range *ranges, size_t n)
 {
 	struct emu_swap *sw = emu_swap_of(r);
-	struct out *o = malloc(sizeof(*o));
-	void *state = sw->lz4 ? malloc(sw->lz4->state_size) : NULL;
-	void *file = emu_store_has_file(sw->store) ? aligned_alloc(EMU_FRAME_SIZE, GROUP * EMU_FRAME_SIZE) : NULL;
-	int64_t went = 0;
-	int err = 0;
+	struct out *o = open_out(r);
+	int64_t went = 0, dropped;
+	int err = o ? 0 : -ENOMEM;
 
-	if (!o || (sw->lz4 && !state) || (emu_store_has_file(sw->store) && !file))
-		err = -ENOMEM;
 	for (size_t i = 0; i < n && !err; i++) {
 		const uint64_t end = ranges[i].gfn + ranges[i].count;
 
-		*o = (struct out){ .r = r, .sw = sw, .state = state, .file = file };
 		for (uint64_t gfn = ranges[i].gfn, next; gfn < end && !err; gfn = next) {
 			int64_t aside;
 
 			next = gfn + CHUNK < end ? gfn + CHUNK : end;
-			aside = emu_aside_take(r, gfn, next, EMU_STAMP_SWAP);
+			aside = emu_aside_take(r, gfn, next, EMU_STAMP_SWAP, EMU_ANY_USAGE);
 			if (aside < 0)
 				err = (int)aside;
 			else
@@ -226,9 +274,8 @@ static int64_t swap_out(struct emu_region *r, const struct emu_range *ranges, si
 			}
 		}
 	}
-	free(file);
-	free(state);
-	free(o);
+	dropped = o ? o->dropped : 0;
+	close_out(o);
 	emu_stat_add(r, EMU_STAT_swap_out_frames, went);
 	if (went)
 		emu_ring_push(r, EMU_EV_SWAP_OUT, n ? ranges[0].gfn : 0, (uint64_t)went, 0);
@@ -236,7 +283,7 @@ static int64_t swap_out(struct emu_region *r, const struct emu_range *ranges, si
 		emu_store_failed(sw->store, -err);
 		emu_ring_push(r, EMU_EV_SWAP_FAILED, n ? ranges[0].gfn : 0, 1, -err);
 	}
-	return went;
+	return went + dropped;
 }
 
 int64_t emu_swap_out(struct emu_region *r, const struct emu_range *ranges, size_t n)
@@ -267,7 +314,7 @@ static void *swapd(void *arg)
 		int64_t want = atomic_load(&sw->want), went = 0;
 		size_t n = 0;
 
-		if (want > 0 && emu_access_victims(r, 0, want < ROUND ? (uint64_t)want : ROUND, victim, VICTIMS, &n) > 0)
+		if (want > 0 && emu_access_victims(r, 0, want < ROUND ? (uint64_t)want : ROUND, EMU_ANY_USAGE, victim, VICTIMS, &n) > 0)
 			went = swap_out(r, victim, n);
 		/* nothing more to be had: the rest of the wish is void; who waits at the gate will ask again */
 		atomic_fetch_sub(&sw->want, went > 0 ? went : want > 0 ? want : 0);

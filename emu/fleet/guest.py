@@ -106,7 +106,7 @@ class GuestProcess:
         can: list[Literal["epoch", "purge", "swap"]] = []
         if self.machine.guest.pressure is not None:
             can += ["epoch", "purge"]
-        if self.machine.ram.has_store:
+        if self.machine.ram.has_store or self.machine.host.stealing is not None:
             can.append("swap")
         return can
 
@@ -189,8 +189,17 @@ class GuestProcess:
             freed = 0
             with contextlib.suppress(EmuError):
                 if time.monotonic() < until:
-                    freed = self.machine.host.swap_out(max(ask.size, FRAME_SIZE))
+                    freed = self._take_without_asking(max(ask.size, FRAME_SIZE))
             self.link.send(Answer(ask=ask.ask, freed=freed))
+
+    def _take_without_asking(self, size: int) -> int:
+        # what the guest doesn't need, or can have again, goes before anything is swapped
+        host, freed = self.machine.host, 0
+        if host.stealing is not None:
+            freed = host.steal(size)
+        if freed < size and self.machine.ram.has_store:
+            freed += host.swap_out(size - freed)
+        return freed
 
     # ---- the guest
 

@@ -105,7 +105,7 @@ class Fleet(_Table):
     def notes(self) -> list[str]:
         """What a result should say of the settings."""
         if "swap" in self.order and self.store is None and self.store_memory is None:
-            own = [guest.name for guest in self.guests if not guest.mechanism.startswith("swap")]
+            own = [guest.name for guest in self.guests if not guest.mechanism.startswith(("swap", "cmm2"))]
             return [f"nothing can be swapped of {', '.join(own)}: no store or store_memory is given"] if own else []
         return []
 

@@ -143,14 +143,33 @@ class FileMapping(Mapping):
                 stop = self._own(first, stop)
             else:
                 stop = self._map(first, stop)
-                if write:  # page_mkwrite()
-                    self.inode.written_through_mappings = True
-                    self.inode.space.flag(first, stop, PageFlag.DIRTY)
-                    self._kernel.writeback.dirtied(self.inode)
+                if write and not (stop := self._make_writable(first, stop)):
+                    continue  # the host took the first one: mapped anew
             yield first, stop
             if write and self.shared:
                 self._kernel.writeback.balance_dirty_pages((stop - first) * FRAME_SIZE)
             first = stop
+
+    def _make_writable(self, first: int, end: int) -> int:
+        # page_mkwrite(): returns the end of what may be written, 0: nothing. Where the machine tells what is dirty, it
+        # is asked when it counts (Inode.collect_dirty); elsewhere the page is dirty from now on.
+        inode, kernel = self.inode, self._kernel
+        inode.written_through_mappings = True
+        states = kernel.page_states
+        if states is None or not states.gets:
+            inode.space.flag(first, end, PageFlag.DIRTY)
+            kernel.writeback.dirtied(inode)
+            return end
+        n, frames, _ = inode.get(first, end - first)
+        if n:
+            if states.storage_keys:
+                states.begin_writable(inode, first, n, frames)
+            kernel.memmap.writable(frames)
+            if not states.storage_keys:
+                inode.space.flag(first, first + n, PageFlag.DIRTY)
+            kernel.writeback.dirtied(inode)
+            inode.put(frames)
+        return first + n if n else 0
 
     def _map(self, first: int, end: int) -> int:
         # Make pages from `first` on present for reading; returns where it stopped, after one page at least.
@@ -166,13 +185,16 @@ class FileMapping(Mapping):
             stop = page + 1
             while stop < end and not self._frame[stop]:
                 stop += 1
-            n, frames, _ = self.inode.space.lookup(page, stop - page)
+            look = self.inode.space.lookup if self._minor else self.inode.get
+            n, frames, _ = look(page, stop - page)
             if not n:
                 if page > first:
                     break  # reading it in may reclaim the ones before it: those first
                 self._read_around(page)
                 continue
             kernel.memmap.map(frames, 1, young=True)
+            if not self._minor:
+                self.inode.put(frames)
             for gfn, count, index in frames:
                 self._frame[index : index + count] = memoryview(array("I", range(gfn + 1, gfn + 1 + count)))
             self._cached[page : page + n] = b"\x01" * n
@@ -180,6 +202,12 @@ class FileMapping(Mapping):
             kernel.vmstat["pgfault"] += n
             page += n
         return page
+
+    @property
+    def _minor(self) -> bool:
+        # whether a minor fault leaves the page as it is: a discard fault repairs what the host has taken
+        states = self._kernel.page_states
+        return states is not None and states.settings.minor
 
     def _read_around(self, page: int) -> None:
         inode = self.inode
@@ -223,7 +251,7 @@ class FileMapping(Mapping):
         done = 0
         try:
             while done < len(frames):
-                n, sources, _ = inode.space.lookup(first + done, len(frames) - done)
+                n, sources, _ = inode.get(first + done, len(frames) - done)
                 if not n:
                     self._read_around(first + done)
                     continue
@@ -237,6 +265,8 @@ class FileMapping(Mapping):
                 except DiscardFault as fault:
                     kernel.vfs.discarded(fault)
                     continue
+                finally:
+                    inode.put(sources)
                 done += n
         except BaseException as error:
             kernel.free_after_failure([(frame, 1) for frame in frames], error)
@@ -256,12 +286,14 @@ class FileMapping(Mapping):
 
     # ---- giving back
 
-    def unmap_file_pages(self, first: int, end: int, *, even_cows: bool = False) -> None:
+    def unmap_file_pages(self, first: int, end: int, *, even_cows: bool = False, clean: bool = False) -> None:
         """Take the cache's pages among [first, end) out of the page table (unmap_mapping_range).
 
-        even_cows: the process's own copies of them go, too, as when the file is cut.
+        even_cows: the process's own copies of them go, too, as when the file is cut. clean: they can't be dirty.
         """
         end = min(end, self.pages)
+        if self.shared and not clean:
+            self.inode.collect_dirty(first, end)  # while they are mapped
         if even_cows and first < end:
             self._zap(first, end)
             return

@@ -43,7 +43,7 @@ _MARK_INT, _SKIP_INT = int(_MARK), int(_SKIP)  # an enum takes longer to combine
 class Maps(Protocol):
     """A mapping of this file: what its page tables have of the cache can be taken out."""
 
-    def unmap_file_pages(self, first: int, end: int, *, even_cows: bool = False) -> None:
+    def unmap_file_pages(self, first: int, end: int, *, even_cows: bool = False, clean: bool = False) -> None:
         """Take pages [first, end) of the file out of the page table, where they are the cache's own, or all of them."""
 
 
@@ -123,6 +123,57 @@ class Inode:
             raise GuestError(f"{self.path} is used after its last close")
         return self.file
 
+    # ---- page-cache references
+
+    def get(self, first: int, count: int, how: int = 0) -> tuple[int, Ranges, bool]:
+        """Look up pages to use them (find_get_page): Space.lookup(), with references where they count for something.
+
+        What the host has taken is out of the cache then, and missing.
+        """
+        states = self._kernel.page_states
+        if states is None or not states.gets:
+            return self.space.lookup(first, count, how)
+        n, frames, marker, gone = self.space.get(first, count, how)
+        if gone:
+            self.forget_discarded(first + n)
+            self._kernel.vmstat["pgdiscard_stable"] += 1
+        return n, frames, marker
+
+    def put(self, frames: Ranges) -> None:
+        """Drop them (put_page)."""
+        states = self._kernel.page_states
+        if states is not None and states.gets:
+            self._kernel.memmap.put(frames)
+
+    @property
+    def may_be_dirty(self) -> bool:
+        """Whether pages may be written through a mapping without the kernel's knowledge."""
+        states = self._kernel.page_states
+        if states is None or not states.storage_keys or not self.mappings:
+            return False
+        return self.space.find(0, self.pages, PageFlag.WRITABLE, PageFlag.WRITABLE)[0] > 0
+
+    def collect_dirty(self, first: int = 0, end: int | None = None) -> None:
+        """Ask the machine which pages were written through a mapping (page_test_and_clear_dirty)."""
+        states, space = self._kernel.page_states, self.space
+        if states is None or not states.storage_keys:
+            return
+        end = self.pages if end is None else min(end, self.pages)
+        while first < end:
+            found, at = space.find(first, end, PageFlag.WRITABLE, PageFlag.WRITABLE)
+            if not found:
+                return
+            first = at.flat[2]
+            n, frames, _ = self.get(first, found)  # stable first: who is clean may be taken between the two
+            if n:
+                dirty = states.test_and_clear_dirty(frames)
+                for page in (first + k for k in range(n) if dirty[k]):
+                    space.flag(page, page + 1, PageFlag.DIRTY)
+                self.put(frames)
+                if any(dirty):
+                    self._kernel.writeback.dirtied(self)
+            first += max(n, 1)
+
     # ---- reading
 
     def read(self, offset: int, into: memoryview, ra: ReadaheadState) -> int:
@@ -135,7 +186,7 @@ class Inode:
             last = (end - 1) // FRAME_SIZE + 1
             # a page that the last read of this open file ended in was accessed then (filemap_read, pos_same_folio)
             same = (ra.prev_pos - 1) // FRAME_SIZE == index
-            n, frames, marker = space.lookup(index, last - index, _SKIP if same else _MARK)
+            n, frames, marker = self.get(index, last - index, _SKIP if same else _MARK)
             if not n:
                 self.read_ahead(index, last - index, ra)
                 end = min(end, self.size)  # the disk may have less than it had
@@ -146,6 +197,8 @@ class Inode:
             except DiscardFault as fault:
                 self._kernel.vfs.discarded(fault)
                 continue
+            finally:
+                self.put(frames)
             done += part
             ra.prev_pos = offset + done
             if marker:
@@ -155,6 +208,8 @@ class Inode:
 
     def read_within(self, offset: int, n: int, ra: ReadaheadState) -> bytes | None:
         """Return n bytes that lie in one cached page; None: it isn't there. The short way of read()."""
+        if self._kernel.page_states is not None:  # a reference is taken: the long way
+            return None
         index = offset >> 12
         how = _SKIP_INT if ra.prev_pos - 1 >> 12 == index else _MARK_INT
         gfn = self.space.frame(index, how)
@@ -320,22 +375,29 @@ class Inode:
                 page[within : within + len(data)] = data
                 self._add(index, memoryview(page))
                 return len(data)
-        _, frames, _ = space.lookup(index, 1)
+        n, frames, _ = self.get(index, 1)
+        if not n:
+            return self._write_part(index, within, data)
         try:
             memory.writev(frames, within, data)
+            space.flag(index, index + 1, PageFlag.DIRTY)
         except DiscardFault as fault:  # what is around the data was the host's to take: from the disk again
             self._kernel.vfs.discarded(fault)
             return self._write_part(index, within, data)
-        space.flag(index, index + 1, PageFlag.DIRTY)
+        finally:
+            self.put(frames)
         return len(data)
 
     def _write_whole(self, index: int, data: memoryview) -> int:
         # whole pages: those in the cache are overwritten, missing ones come into being with the data
         space, pages = self.space, len(data) // FRAME_SIZE
-        n, frames, _ = space.lookup(index, pages)
+        n, frames, _ = self.get(index, pages)
         if n:
-            self._kernel.memory.writev(frames, 0, data[: n * FRAME_SIZE])
-            space.flag(index, index + n, PageFlag.DIRTY)
+            try:
+                self._kernel.memory.writev(frames, 0, data[: n * FRAME_SIZE])
+                space.flag(index, index + n, PageFlag.DIRTY)
+            finally:
+                self.put(frames)
             return n * FRAME_SIZE
         return self._add(index, data[: space.absent(index, pages) * FRAME_SIZE])
 
@@ -389,12 +451,14 @@ class Inode:
     def _zero_tail(self) -> None:
         # what lies beyond the file's end in its last page, if that is cached
         within = self.size % FRAME_SIZE
-        n, frames, _ = self.space.lookup(self.pages - 1, 1) if within else (0, Ranges(), False)
+        n, frames, _ = self.get(self.pages - 1, 1) if within else (0, Ranges(), False)
         if n:
             try:
                 self._kernel.memory.writev(frames, within, bytes(FRAME_SIZE - within))
             except DiscardFault as fault:
                 self._kernel.vfs.discarded(fault)  # read again, it ends where the file does
+            finally:
+                self.put(frames)
 
     def _cut(self, size: int) -> None:
         pages = self._pages(size)
@@ -426,7 +490,8 @@ class Inode:
 
     def forget_discarded(self, index: int) -> None:
         """Take a page out whose content the host has taken: out of the page tables, too. It was clean."""
-        self.unmap(index)
+        for mapping in self.mappings:
+            mapping.unmap_file_pages(index, index + 1, clean=True)
         self._free(self.space.remove(index, index + 1, Remove.TRUNCATE))
         if not self.space.nr_dirty:  # it was marked by a write that hadn't come to its store
             self._kernel.writeback.cleaned(self)
@@ -519,6 +584,7 @@ class Inode:
 
     def sync(self) -> None:
         """Write all dirty pages and wait for the disk. Raises GuestIOError."""
+        self.collect_dirty()
         while self.space.nr_dirty:
             if not self.write_back(1 << 30):
                 raise GuestError(f"{self.path}: fsync in the middle of its own writeback")

@@ -21,6 +21,7 @@ from emu.guest.memory import GuestMemory
 from emu.guest.oom import OomKiller
 from emu.guest.page import Lru, Owner
 from emu.guest.page_alloc import PageAllocator
+from emu.guest.page_states import PageStates
 from emu.guest.pressure import PressureDriver
 from emu.guest.process import Process
 from emu.guest.ramfs import RamFile
@@ -66,6 +67,7 @@ _VMSTAT = (
     "disk_file_shrunk",
     "disk_file_changed",
     "pgdiscard_fault",
+    "pgdiscard_stable",  # found gone when a reference was taken
     "thp_fault_alloc",
     "thp_fault_fallback",
     "thp_split_pmd",
@@ -114,6 +116,7 @@ class GuestKernel(PageAllocator):
         self.balloon: BalloonDriver | None = None
         self.aging: Aging | None = None
         self.inactive: Inactive | None = None
+        self.page_states: PageStates | None = None
         self.pressure: PressureDriver | None = None
         #: by name: called with a process that is about to end
         self.exit_hooks: dict[str, Callable[[Process], None]] = {}

@@ -65,6 +65,8 @@ class PageFlag(enum.IntFlag):
     RECLAIM = lib.EMU_PG_RECLAIM
     YOUNG = lib.EMU_PG_YOUNG
     HANDED = lib.EMU_PG_HANDED
+    WRITABLE = lib.EMU_PG_WRITABLE
+    DISCARDED = lib.EMU_PG_DISCARDED
 
 
 class Lookup(enum.IntFlag):
@@ -74,6 +76,7 @@ class Lookup(enum.IntFlag):
     MARK = lib.EMU_LOOKUP_MARK
     SKIP_FIRST = lib.EMU_LOOKUP_SKIP_FIRST
     READAHEAD = lib.EMU_LOOKUP_READAHEAD
+    GET = lib.EMU_LOOKUP_GET
 
 
 class Insert(enum.IntFlag):
@@ -118,7 +121,8 @@ class Shrunk:
 
 
 _RANGES = ffi.typeof("struct emu_range[]")
-_MARKER = lib.EMU_LOOKUP_MARKER
+_MARKER, _GONE, _GET = lib.EMU_LOOKUP_MARKER, lib.EMU_LOOKUP_GONE, lib.EMU_LOOKUP_GET
+_COUNT = ~(_MARKER | _GONE)
 _RUNS = 1024  # of one lookup: four mebibytes in the worst case
 _FLAGS = 0xFFF  # what PageFlag names; above it are memmap.h's own
 
@@ -237,6 +241,31 @@ class MemMap:
             _check(lib.emu_lru_age(self.native, work), "aging")
         return freed[: work.nr_freed], work.nr_scanned, work.nr_sunk
 
+    def allocated(self, ranges: Ranges) -> None:
+        """Frames just allocated are about to be written: they must be kept (arch_alloc_page)."""
+        _check(
+            lib.emu_pages_allocated(self.native, ffi.from_buffer(_RANGES, ranges.flat), len(ranges)), "allocated frames"
+        )
+
+    def put(self, ranges: Ranges) -> None:
+        """Drop the references that Space.get() took (put_page)."""
+        _check(
+            lib.emu_pages_put(self.native, ffi.from_buffer(_RANGES, ranges.flat), len(ranges)), "a put without a get"
+        )
+
+    def writable(self, ranges: Ranges) -> None:
+        """Pages that are held may be written through a page table from now on (page_mkwrite)."""
+        _check(
+            lib.emu_pages_writable(self.native, ffi.from_buffer(_RANGES, ranges.flat), len(ranges)), "writable pages"
+        )
+
+    def says_nothing(self) -> "array[int]":
+        """All is stable again, and nothing is said any more; return the pages of the cache that the host has taken."""
+        gone = array("I", bytes(4 * self.frames))
+        with ffi.from_buffer("uint32_t[]", gone) as into:
+            n = lib.emu_page_states_off(self.native, into, len(gone))
+        return gone[:n]
+
     def next_generation(self) -> int:
         """Begin a generation: accesses stamp it from now on."""
         self.stats.gen = (self.stats.gen + 1) & 0xFFFF
@@ -301,6 +330,15 @@ class Space:
         has the readahead flag."""
         n = lib.emu_space_lookup(self._map, self.native, first, count, how, self._runs, _RUNS, self._nr_runs)
         return n & ~_MARKER, self._memmap.found(), n & _MARKER != 0
+
+    def get(self, first: int, count: int, how: Lookup | int = Lookup.PEEK) -> tuple[int, Ranges, bool, bool]:
+        """Return (n, frames, marker, gone): as lookup() does, with a reference to each, until MemMap.put().
+
+        They are stable (page_states.c). gone: the page after them is in the cache, and the host has taken it.
+        """
+        how |= _GET
+        n = lib.emu_space_lookup(self._map, self.native, first, count, how, self._runs, _RUNS, self._nr_runs)
+        return n & _COUNT, self._memmap.found(), n & _MARKER != 0, n & _GONE != 0
 
     def frame(self, index: int, how: Lookup | int) -> int:
         """Return the frame of one page; -1: it isn't cached. ~frame, which is negative too: it has the readahead flag.

@@ -24,6 +24,7 @@ from emu.units import FRAME_SIZE
 
 if TYPE_CHECKING:
     from emu.guest.oom import OomKiller
+    from emu.guest.page_states import PageStates
     from emu.guest.process import Process
     from emu.guest.vma import Mapping
 
@@ -37,6 +38,7 @@ class PageAllocator:
     reclaim: Reclaim
     oom: "OomKiller"
     current: "Process | None"
+    page_states: "PageStates | None"
 
     def __init__(
         self, memory: GuestMemory, vmstat: dict[str, int], *, thp: bool, cpus: int, page_poison: int | None
@@ -97,12 +99,18 @@ class PageAllocator:
             self.free_pages(spans(runs))
             raise
         self.vmstat["pgalloc"] += count - left
-        if owner is not None and runs:
+        if runs and (owner is not None or self.page_states is not None):
             used = Ranges()
             for pfn, n in spans(runs):
                 used.add(pfn, n, 0)
-            self.memmap.use(used, owner)
+            self._allocated(used, owner)
         return runs
+
+    def _allocated(self, ranges: Ranges, owner: Owner | None) -> None:
+        if self.page_states is not None:
+            self.memmap.allocated(ranges)
+        if owner is not None:
+            self.memmap.use(ranges, owner)
 
     def _alloc_slowly(self, count: int, migratetype: int, runs: list[tuple[int, int, int]], *, retry: bool) -> int:
         # __alloc_pages_slowpath(), for many frames at a time; returns how many couldn't be had
@@ -191,7 +199,7 @@ class PageAllocator:
                 ):
                     self.vmstat["pgalloc"] += 1 << PAGEBLOCK_ORDER
                     frame = zone.pcp.alloc(PAGEBLOCK_ORDER, MigrateType.MOVABLE)[0]
-                    self.memmap.use(Ranges.of([(frame, 1 << PAGEBLOCK_ORDER)]), Owner.ANON)
+                    self._allocated(Ranges.of([(frame, 1 << PAGEBLOCK_ORDER)]), Owner.ANON)
                     return frame
         return None
 
@@ -204,7 +212,7 @@ class PageAllocator:
                     pfn = zone.buddy.alloc(order)
                 except OutOfMemory:
                     continue
-                self.memmap.use(Ranges.of([(pfn, 1 << order)]), owner)
+                self._allocated(Ranges.of([(pfn, 1 << order)]), owner)
                 self.vmstat["pgalloc"] += 1 << order
                 return pfn
         return None

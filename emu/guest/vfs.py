@@ -246,6 +246,11 @@ class Vfs:
         inode.forget_discarded(info.index)
         self._kernel.vmstat["pgdiscard_fault"] += 1
 
+    def collect_dirty(self) -> None:
+        """Ask the machine which pages were written through mappings."""
+        for inode in list(self.inodes.values()):
+            inode.collect_dirty()
+
     def inode_of(self, space: int) -> Inode:
         """Return the inode that a space belongs to."""
         return self._by_space[space]
@@ -273,6 +278,7 @@ class Vfs:
         """Write all dirty pages of all files and wait for the disks (sync). Raises the first GuestIOError, after
         all."""
         first: GuestIOError | None = None
+        self.collect_dirty()
         for inode in self._kernel.writeback.dirty_inodes():
             try:
                 inode.sync()

@@ -76,16 +76,18 @@ class Writeback:
     # ---- who is dirty
 
     def dirtied(self, inode: "Inode") -> None:
-        """An inode has dirty pages."""
-        if inode.dirtied_at is None and inode.space.nr_dirty:
+        """An inode has dirty pages, or may have."""
+        if inode.dirtied_at is None and (inode.space.nr_dirty or inode.may_be_dirty):
             inode.dirtied_at = self._now()
             self._inodes[inode] = None
             self._queue(self.writeback_interval)
 
     def cleaned(self, inode: "Inode") -> None:
-        """It has none."""
+        """It has none, as far as is known."""
         inode.dirtied_at = None
         self._inodes.pop(inode, None)
+        if inode.may_be_dirty:  # asked again, when it is its turn
+            self.dirtied(inode)
 
     def dirty_inodes(self) -> "list[Inode]":
         """Inodes with dirty pages, the longest dirty first."""
@@ -124,6 +126,9 @@ class Writeback:
             now = self._now()
             rested = [i for i in self._inodes if i.failed_at is None or now - i.failed_at >= self.writeback_interval]
             for inode in [inode for inode in rested if which(inode)]:
+                inode.collect_dirty()
+                if not inode.space.nr_dirty:
+                    self.cleaned(inode)
                 while inode.space.nr_dirty and more():
                     try:
                         part = inode.write_back(_MIN_PAGES)

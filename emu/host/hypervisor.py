@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emu.errors import BadValue
+from emu.frames import StealPolicy
 from emu.gate import Gate
 from emu.host.aside import Aside
 from emu.host.balloon import Balloon
@@ -21,6 +22,7 @@ from emu.units import FRAME_SIZE, parse_size
 
 if TYPE_CHECKING:
     from emu.host.squeeze import Squeeze
+    from emu.host.stealing import Stealing
 
 __all__ = ["Hypervisor"]
 
@@ -42,6 +44,7 @@ class Hypervisor:
         #: what a mechanism holds the footprint to, and by
         self.gate: Gate | None = None
         self.squeeze: Squeeze | None = None
+        self.stealing: Stealing | None = None
         self._disks: list[DirectoryDisk | ImageDisk] = []
 
     def close(self) -> None:
@@ -88,6 +91,16 @@ class Hypervisor:
                 break
             taken += went
         return taken * FRAME_SIZE
+
+    def steal(self, size: int | str, policy: StealPolicy | None = None) -> int:
+        """Take memory by what the guest says of it: unused, volatile, clean potentially volatile. Return the bytes.
+
+        No instruction of the guest runs for it. It needs a mechanism in which the guest says something (cmm2).
+        """
+        wanted = parse_size(size, "steal")
+        if self.stealing is None:
+            raise BadValue("the guest says nothing of its pages: use the mechanism cmm2")
+        return self.stealing.steal(wanted, policy)
 
     def track_idle(self, period: float) -> None:
         """Scan accessed bits each so many guest seconds from now on, so that swap_out() takes what is idle longest."""

@@ -12,6 +12,7 @@ from emu.guest.kernel import GuestKernel
 from emu.host.hypervisor import Hypervisor
 from emu.mechanisms.aging import AgingMechanism
 from emu.mechanisms.balloon import BalloonMechanism
+from emu.mechanisms.cmm2 import Cmm2Light, Cmm2Mechanism
 from emu.mechanisms.dropcaches import DropCaches
 from emu.mechanisms.epoch import EpochMechanism
 from emu.mechanisms.inactive import InactiveMechanism
@@ -64,6 +65,8 @@ MECHANISMS: dict[str, type[Mechanism]] = {
         EpochMechanism,
         PurgeMechanism,
         SwapMechanism,
+        Cmm2Mechanism,
+        Cmm2Light,
     )
 }
 ALIASES = {"fpr": "reporting", "free-page-reporting": "reporting"}

@@ -31,6 +31,10 @@ def _phase_cells(phase: Mapping[str, Any], before: Mapping[str, Any] | None) -> 
     return cells | {"read": mib_text(read)}
 
 
+#: frames that the host got: handed back, dropped from aside, stolen
+_BACK = ("return_taken", "aside_evicted", "steal_unused", "steal_volatile", "steal_potential", "steal_preserved")
+
+
 def _total_cells(row: Mapping[str, Any]) -> dict[str, str]:
     counters = row["counters"]
 
@@ -44,7 +48,7 @@ def _total_cells(row: Mapping[str, Any]) -> dict[str, str]:
         "refaults": sum_of("guest_workingset_refault_file"),
         "faults": sum_of("pgfault"),
         "installs": sum_of("install_frames"),
-        "back": mib_text((counters["return_taken"] + counters["aside_evicted"]) * 4096),
+        "back": mib_text(sum(counters.get(name, 0) for name in _BACK) * 4096),
         "scanned": sum_of("guest_pgscan_kswapd", "guest_pgscan_direct", "aging_scanned"),
         "reports": sum_of("reports"),
         "requests": sum_of("balloon_inflate_requests", "balloon_deflate_requests"),

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from emu.clock import StepClock
 from emu.errors import GuestError, OutOfMemory
+from emu.frames import StealPolicy
 from emu.guest.page import Lru, Owner
 from emu.machine import Machine
 from emu.observe.pagemap import RESIDENT
@@ -31,6 +32,17 @@ MECHANISMS = (
     "aging:seconds=8,feedback=yes",
     "balloon:target=18MiB",
     "balloon:keep=0.3,deflate_on_oom=no",
+)
+
+#: where the host takes pages by what the guest says of them, at any moment between two operations
+STATES = (
+    "cmm2",
+    "cmm2:memory=4MiB",
+    "cmm2:dirty=mapping",
+    "cmm2:minor=yes,memory=1MiB",
+    "cmm2:minor=yes,dirty=mapping,buffers=yes",
+    "cmm2:max=12MiB,policy=random",
+    "cmm2-light",
 )
 
 names = st.sampled_from(NAMES)
@@ -49,8 +61,9 @@ class Mapped:
 class Files(RuleBasedStateMachine):
     uffd = "auto"
 
-    @initialize(mechanism=st.sampled_from(MECHANISMS))
+    @initialize(mechanism=st.sampled_from(MECHANISMS + STATES))
     def start(self, mechanism):
+        mechanism = mechanism if self.uffd == "auto" else "none"
         self.folder = Path(tempfile.mkdtemp(prefix="emu-test-"))
         (self.folder / "dir").mkdir()
         self.model = {}
@@ -236,9 +249,21 @@ class Files(RuleBasedStateMachine):
     def run_for(self, seconds):
         self.m.run_for(seconds)
 
-    @rule(mechanism=st.sampled_from(MECHANISMS))
+    @rule(mechanism=st.sampled_from(MECHANISMS + STATES))
     def switch(self, mechanism):
-        self.m.switch_mechanism(mechanism)
+        if self.uffd == "auto" or mechanism not in STATES:
+            self.m.switch_mechanism(mechanism)
+
+    @precondition(lambda self: hasattr(self, "m") and self.m.host.stealing is not None)
+    @rule(mib=st.integers(1, 28), policy=st.sampled_from(StealPolicy))
+    def steal(self, mib, policy):
+        with self.m.guest.paused():
+            self.m.host.steal(mib << 20, policy)
+
+    @precondition(lambda self: hasattr(self, "m") and self.m.ram.has_store)
+    @rule(mib=st.integers(1, 8))
+    def swap_out(self, mib):
+        self.m.host.swap_out(mib << 20)
 
     @rule()
     def sync(self):

@@ -51,9 +51,9 @@ static int ages_and_victims(void)
 		return SKIPPED;
 	/* without bits all are alike: in turn */
 	CHECK_EQ(rig_run(rig, EMU_TOUCH_WRITE, 0, 1024, 0, 1, NULL), 0);
-	CHECK_EQ(emu_access_victims(rig->r, 0, 100, victim, 16, &n), 100);
+	CHECK_EQ(emu_access_victims(rig->r, 0, 100, EMU_ANY_USAGE, victim, 16, &n), 100);
 	CHECK_EQ(victim[0].gfn, 0);
-	CHECK_EQ(emu_access_victims(rig->r, 0, 1000, victim, 16, &n), 1000);
+	CHECK_EQ(emu_access_victims(rig->r, 0, 1000, EMU_ANY_USAGE, victim, 16, &n), 1000);
 	CHECK_EQ(victim[0].gfn, 100);
 	CHECK_EQ(victim[1].gfn, 0);
 	CHECK_EQ(emu_access_track(rig->r, 1), 0);
@@ -63,16 +63,16 @@ static int ages_and_victims(void)
 	}
 	for (int k = 0; k < 4; k++)
 		CHECK_EQ(ages[k], 256);
-	CHECK_EQ(emu_access_victims(rig->r, 0, 300, victim, 16, &n), 300);
+	CHECK_EQ(emu_access_victims(rig->r, 0, 300, EMU_ANY_USAGE, victim, 16, &n), 300);
 	CHECK_EQ(n, 2); /* from where it was, and round */
 	CHECK_EQ(victim[0].gfn, 76);
 	CHECK_EQ(victim[0].count, 256 - 76 + 44);
 	CHECK_EQ(victim[1].gfn, 0);
-	CHECK_EQ(emu_access_victims(rig->r, 2, 5000, victim, 16, &n), 512);
-	CHECK_EQ(emu_access_victims(rig->r, 9, 5000, victim, 16, &n), 0);
+	CHECK_EQ(emu_access_victims(rig->r, 2, 5000, EMU_ANY_USAGE, victim, 16, &n), 512);
+	CHECK_EQ(emu_access_victims(rig->r, 9, 5000, EMU_ANY_USAGE, victim, 16, &n), 0);
 	/* an access since the scan is seen */
 	CHECK_EQ(rig_run(rig, EMU_TOUCH_READ, 0, 256, 0, 1, NULL), 0);
-	CHECK_EQ(emu_access_victims(rig->r, 2, 5000, victim, 16, &n), 256);
+	CHECK_EQ(emu_access_victims(rig->r, 2, 5000, EMU_ANY_USAGE, victim, 16, &n), 256);
 	CHECK_EQ(victim[0].gfn, 256);
 	rig_close(rig);
 	return 0;

@@ -153,6 +153,8 @@ void rig_check_books(struct rig *rig)
 	for (int s = 0; s < EMU_NR_STATES; s++)
 		CHECK_EQ(gauges[s], n[s]);
 	CHECK_EQ(n[EMU_BUSY], 0);
+	for (uint64_t i = 0; i < rig->frames; i++)
+		CHECK(emu_usage_legal(emu_byte_usage(emu_byte_load(rig->r, i)), states[i]));
 	CHECK_EQ(summary, (int64_t)rig->frames - n[EMU_ZERO]);
 	/* the kernel may have dropped lazy ones that nobody has asked for since */
 	CHECK(rig_rss(rig) <= n[EMU_RESIDENT] + n[EMU_LAZY]);

@@ -24,7 +24,7 @@ struct test {
 };
 #define SKIPPED 77
 extern const struct test state_tests[], uffd_fill_tests[], fault_tests[], reclaim_tests[], rss_tests[],
-                         ring_tests[], pagecache_tests[], aside_tests[], swap_tests[], gate_tests[], access_tests[],
+                         ring_tests[], pagecache_tests[], aside_tests[], swap_tests[], gate_tests[], access_tests[], usage_tests[], page_states_tests[],
                          kernel_move_tests[], move_tests[], host_hard_cases_tests[], storm_tests[], host_storm_tests[];
 
 struct rig {

@@ -9,7 +9,8 @@ int main(int argc, char **argv)
 {
 	const struct test *const all[] = { state_tests, uffd_fill_tests, fault_tests, reclaim_tests,
 		                           rss_tests, ring_tests, pagecache_tests, aside_tests, swap_tests, gate_tests,
-		                           access_tests, kernel_move_tests, move_tests, host_hard_cases_tests, storm_tests, host_storm_tests };
+		                           access_tests, usage_tests, page_states_tests, kernel_move_tests, move_tests,
+		                           host_hard_cases_tests, storm_tests, host_storm_tests };
 	int passed = 0, skipped = 0;
 
 	alarm(600); /* a hang is a failure */

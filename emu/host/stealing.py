@@ -1,0 +1,59 @@
+"""Stealing: memory that the host takes by what the guest says of it, without asking (CMM2; csrc/steal.c).
+
+Its timer looks at the footprint, and takes what is over a limit. It is the host's own, and goes on while the guest is
+paused.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from emu.frames import StealPolicy
+from emu.ram import GuestRam
+from emu.timers import Timers
+from emu.units import FRAME_SIZE
+
+__all__ = ["Stealing"]
+
+_PERIOD = 0.25  # guest seconds
+
+
+class _Host(Protocol):
+    ram: GuestRam
+    timers: Timers
+    now: Callable[[], float]
+
+
+class Stealing:
+    """Takes from one guest. most: bytes of footprint; None: only when steal() is called."""
+
+    def __init__(self, host: _Host, most: int | None, policy: StealPolicy) -> None:
+        self._host = host
+        self._most = most
+        self.policy = policy
+        self._seed = 0
+        #: bytes taken
+        self.taken = 0
+        if most is not None:
+            self._again()
+
+    def steal(self, size: int, policy: StealPolicy | None = None) -> int:
+        """Take up to so many bytes; return how many."""
+        self._seed += 1
+        policy = self.policy if policy is None else policy
+        taken = self._host.ram.steal(-(-size // FRAME_SIZE), policy=policy, seed=self._seed) * FRAME_SIZE
+        self.taken += taken
+        return taken
+
+    def _again(self) -> None:
+        self._host.timers.at(self._host.now() + _PERIOD, self._look, self)
+
+    def _look(self) -> None:
+        assert self._most is not None
+        over = self._host.ram.footprint_bytes - self._most
+        if over > 0:
+            self.steal(over)
+        self._again()
+
+    def stop(self) -> None:
+        """End it."""
+        self._host.timers.cancel(self)

@@ -1,0 +1,136 @@
+"""cmm2: the guest says what each page is worth, and the host takes what it wants without a word (CMM2).
+
+Decided by the host; no guest code runs when memory is taken, and none is needed: it works while the guest is paused.
+What the guest does all the time is to say something, of each page that it frees, reads, or uses (guest.page_states).
+A page that was taken is read from the disk again when it is next used. `cmm2-light` is what was merged for s390 in
+2008: only the allocator says something, so only free memory can be taken.
+
+Settings: max (bytes of footprint above which the host takes; without it, it takes when it is told to: host.steal),
+policy (which pages of a kind go first: age, round or random), dirty (page: the machine has a dirty bit a page, as
+s390 has; mapping: one a page-table entry, as x86 has), minor (yes: minor faults say nothing, and discard faults
+repair), buffers (yes: pages that were written keep private data, and so stay), scan (between two looks at accessed
+bits, 5s), memory, file (of a store for dirty pages that may be written through a mapping; without one they stay in
+memory).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from emu.errors import BadValue
+from emu.frames import StealPolicy, Usage
+from emu.guest.kernel import GuestKernel
+from emu.guest.page_states import PageStates, StatesSettings
+from emu.host.hypervisor import Hypervisor
+from emu.host.stealing import Stealing
+from emu.mechanisms.reporting import parse_yes
+from emu.observe.chain import GUEST_ARROWS, GUEST_CHAIN, Arrow
+from emu.observe.pagemap import Stage
+from emu.units import FRAME_SIZE, format_size, parse_duration, parse_size
+
+__all__ = ["Cmm2Light", "Cmm2Mechanism"]
+
+_ARROWS = (
+    *GUEST_ARROWS,
+    Arrow(Stage.FREE, Stage.HOST_OWNED, ("steal_unused",)),
+    Arrow(Stage.INACTIVE, Stage.DISCARDED, ("steal_volatile", "steal_potential")),
+    Arrow(Stage.DISCARDED, Stage.FREE, ("guest_pgdiscard_fault", "guest_pgdiscard_stable")),
+)
+
+
+def _policy(text: str) -> StealPolicy:
+    try:
+        return StealPolicy[text.upper()]
+    except KeyError:
+        raise BadValue(f"policy {text!r} isn't known: {', '.join(p.name.lower() for p in StealPolicy)}") from None
+
+
+def _dirty(text: str) -> Literal["page", "mapping"]:
+    if text not in ("page", "mapping"):
+        raise BadValue(f"dirty {text!r} isn't known: page or mapping")
+    return "page" if text == "page" else "mapping"
+
+
+def _size(name: str) -> Callable[[str], int]:
+    return lambda text: parse_size(text, f"cmm2 {name}")
+
+
+@dataclass(frozen=True, slots=True)
+class Cmm2Mechanism:
+    """Sizes are bytes, scan guest seconds."""
+
+    max: int | None = None
+    policy: StealPolicy = StealPolicy.AGE
+    dirty: Literal["page", "mapping"] = "page"
+    minor: bool = False
+    buffers: bool = False
+    scan: float = 5.0
+    memory: int | None = None
+    file: str | None = None
+
+    name: ClassVar[str] = "cmm2"
+    light: ClassVar[bool] = False
+    parsers: ClassVar[dict[str, Callable[[str], Any]]] = {
+        "max": _size("max"),
+        "policy": _policy,
+        "dirty": _dirty,
+        "minor": parse_yes,
+        "buffers": parse_yes,
+        "scan": lambda text: parse_duration(text, "cmm2 scan"),
+        "memory": _size("memory"),
+        "file": str,
+    }
+    chain: ClassVar[tuple[Stage, ...]] = (*GUEST_CHAIN, Stage.DISCARDED)
+    arrows: ClassVar[tuple[Arrow, ...]] = _ARROWS
+
+    def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
+        """Have the guest say what its pages are worth, and the host take what is over `max`."""
+        if not 0.1 <= self.scan <= 3600:
+            raise BadValue(f"cmm2 scan {self.scan!r} s must be from 0.1 to 3600")
+        if (self.memory is not None or self.file is not None) and not host.ram.has_store:
+            host.ram.open_store(self.memory, file=self.file)
+        host.track_idle(self.scan)
+        settings = StatesSettings(self.light, self.dirty, self.minor, self.buffers)
+        PageStates(guest, settings).begin()
+        host.stealing = Stealing(host, self.max, self.policy)
+
+    def detach(self, guest: GuestKernel, host: Hypervisor) -> None:
+        """All is stable again. What was taken leaves the cache."""
+        if host.stealing is not None:
+            host.stealing.stop()
+            host.stealing = None
+        host.end_idle()
+        if guest.page_states is not None:
+            guest.page_states.end()
+
+    def panel(self, guest: GuestKernel, host: Hypervisor) -> list[tuple[str, str]]:
+        """Frames by usage, what was taken, and what was said."""
+        if guest.page_states is None:
+            return [("states", "none")]
+        by_usage = dict.fromkeys(Usage, 0)
+        for (usage, _), frames in host.ram.usage_matrix().items():
+            by_usage[usage] += frames
+        stats = host.ram.stats()
+        stolen = sum(stats[f"steal_{kind}"] for kind in ("unused", "volatile", "potential", "preserved"))
+        return [
+            ("max", "-" if self.max is None else format_size(self.max)),
+            ("S, U", ", ".join(format_size(by_usage[u] * FRAME_SIZE) for u in (Usage.STABLE, Usage.UNUSED))),
+            (
+                "V, P",
+                ", ".join(format_size(by_usage[u] * FRAME_SIZE) for u in (Usage.VOLATILE, Usage.POTENTIALLY_VOLATILE)),
+            ),
+            ("stolen", format_size(stolen * FRAME_SIZE)),
+            ("said", f"{host.ram.transitions().total:,}"),
+        ]
+
+    def pending(self, guest: GuestKernel) -> bool:
+        """Nothing is on its way by itself."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Cmm2Light(Cmm2Mechanism):
+    """Stable and unused alone."""
+
+    name: ClassVar[str] = "cmm2-light"
+    light: ClassVar[bool] = True

@@ -1,0 +1,95 @@
+"""Usages: what a guest says of its frames (CMM2). What the host takes by it: emu.reclaim, steal().
+
+    stable                 needed: the host keeps it. Frames that nobody says anything of
+    unused                 worthless: the host may drop it
+    volatile               the guest can have it again: the host may discard it; an access then raises DiscardFault
+    potentially volatile   the same while it is clean; dirty, the host keeps it
+
+A frame's usage and its state share a byte; csrc/usage.c has the table of what may follow what. The bytes aren't a
+boundary against a guest that lies: it harms itself alone.
+"""
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from emu import _native
+from emu.frames import Cause, FrameState, Usage
+from emu.ranges import Ranges
+
+__all__ = ["Transitions", "Usages"]
+
+
+@dataclass(frozen=True, slots=True)
+class Transitions:
+    """Frames since the RAM was opened, by cause.
+
+    moved: from one usage to another; refused: by what was asked for; gone: found discarded when made stable.
+    """
+
+    moved: dict[Cause, dict[tuple[Usage, Usage], int]]
+    refused: dict[Cause, dict[Usage, int]]
+    gone: dict[Cause, int]
+
+    @property
+    def total(self) -> int:
+        """All that changed."""
+        return sum(sum(kinds.values()) for kinds in self.moved.values())
+
+
+class Usages:
+    """Base of GuestRam."""
+
+    frames: int
+    #: whether track_usages() was called
+    tracks_usages = False
+
+    @property
+    def _core(self) -> _native.Region:
+        raise NotImplementedError
+
+    def track_usages(self) -> None:
+        """From now on usages may be said. Raises HostError where a page that is gone can't be told from zeros."""
+        self._core.track_usages()
+        self.tracks_usages = True
+
+    def say(
+        self, ranges: Iterable[Sequence[int]] | Ranges, usage: Usage, cause: Cause = Cause.OTHER
+    ) -> "tuple[int, array[int]]":
+        """Say a usage of frames; return how many changed, and, for STABLE, those that were discarded meanwhile.
+
+        These are stable now, hold nothing, and read as zeros. One caller at a time for a frame.
+        """
+        batch = ranges if isinstance(ranges, Ranges) else Ranges.of(ranges)
+        batch.check(self.frames, disjoint=False)
+        return self._core.say(batch, usage, cause)
+
+    def page_states(self, memmap: Any, bits: int) -> None:
+        """Let the guest's kernel say what its pages are worth (csrc/page_states.c). memmap: its descriptors, native."""
+        self._core.page_states(memmap, bits)
+        self.tracks_usages = True
+
+    def usages(self, gfn: int = 0, count: int | None = None) -> bytes:
+        """Return one Usage byte a frame."""
+        count = self.frames - gfn if count is None else count
+        Ranges.of([(gfn, count)]).check(self.frames, disjoint=False)
+        return self._core.usages(gfn, count)
+
+    def usage_matrix(self) -> dict[tuple[Usage, FrameState], int]:
+        """Return frames by usage and state, where there are any."""
+        rows = self._core.usage_matrix()
+        return {(Usage(u), FrameState(s)): n for u, row in enumerate(rows) for s, n in enumerate(row) if n}
+
+    def transitions(self) -> Transitions:
+        """Return what was said so far."""
+        counts = self._core.usage_counts()
+        moved = {
+            cause: {(a, b): n for a in Usage for b in Usage if (n := int(counts.moved[cause][a][b]))} for cause in Cause
+        }
+        refused = {cause: {u: n for u in Usage if (n := int(counts.refused[cause][u]))} for cause in Cause}
+        return Transitions(
+            {cause: kinds for cause, kinds in moved.items() if kinds},
+            {cause: kinds for cause, kinds in refused.items() if kinds},
+            {cause: n for cause in Cause if (n := int(counts.gone[cause]))},
+        )
