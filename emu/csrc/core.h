@@ -398,7 +398,7 @@ void emu_aside_free(struct emu_region *r);
 
 /* swap.c, swapout.c, swapin.c */
 int emu_swap_in(struct emu_region *r, uint64_t gfn);
-int64_t emu_swap_store(struct emu_region *r, uint64_t gfn, uint64_t end); /* what was set aside with EMU_STAMP_SWAP */
+int64_t emu_swap_store(struct emu_region *r, uint64_t gfn, uint64_t end); /* for steal.c */
 uint64_t emu_swap_forget(struct emu_region *r, uint64_t gfn, uint64_t count);
 void emu_swapd_stop(struct emu_region *r);
 void emu_swap_free(struct emu_region *r);

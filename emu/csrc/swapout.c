@@ -163,8 +163,11 @@ static int64_t store_group(struct out *o, uint64_t gfn, uint32_t n, uint32_t *lo
 	return went;
 }
 
-/* What was set aside for this of [gfn, end) into the store. Returns how many frames went; *err: why not the others. */
-static int64_t store_range(struct out *o, uint64_t gfn, uint64_t end, int *err)
+/*
+ * What was set aside for this of [gfn, end), and is of a usage in the set, into the store. Returns how many frames went; *err:
+ * why not the others.
+ */
+static int64_t store_range(struct out *o, uint64_t gfn, uint64_t end, unsigned usages, int *err)
 {
 	struct emu_region *r = o->r;
 	int64_t went = 0;
@@ -183,9 +186,9 @@ static int64_t store_range(struct out *o, uint64_t gfn, uint64_t end, int *err)
 			gfn++;
 			continue;
 		}
-		n = (uint32_t)emu_state_claim(r, gfn, end - gfn < GROUP ? end - gfn : GROUP, EMU_ASIDE);
+		n = (uint32_t)emu_state_claim_used(r, gfn, end - gfn < GROUP ? end - gfn : GROUP, EMU_ASIDE, usages);
 		n = (uint32_t)emu_aside_stamped(r, gfn, n, EMU_STAMP_SWAP);
-		if (!n) { /* set aside by somebody else, who drops it in time */
+		if (!n) { /* set aside by somebody else, who drops it in time; or needed */
 			gfn++;
 			continue;
 		}
@@ -234,12 +237,12 @@ static struct out *open_out(struct emu_region *r)
 	return o;
 }
 
-/* What was set aside for it by somebody else (steal.c). Returns how many frames went; the others are still aside. */
+/* What steal.c has set aside, and found dirty. Returns how many frames went; the others are still aside. */
 int64_t emu_swap_store(struct emu_region *r, uint64_t gfn, uint64_t end)
 {
 	struct out *o = open_out(r);
 	int err = o ? 0 : -ENOMEM;
-	int64_t went = o ? store_range(o, gfn, end, &err) : 0;
+	int64_t went = o ? store_range(o, gfn, end, 1u << EMU_POTENTIAL, &err) : 0;
 
 	close_out(o);
 	emu_stat_add(r, EMU_STAT_swap_out_frames, went);
@@ -266,7 +269,7 @@ static int64_t swap_out(struct emu_region *r, const struct emu_range *ranges, si
 			if (aside < 0)
 				err = (int)aside;
 			else
-				went += store_range(o, gfn, next, &err);
+				went += store_range(o, gfn, next, EMU_ANY_USAGE, &err);
 			if (err) { /* what couldn't be stored, back to where it was */
 				int64_t back = emu_aside_restore(r, gfn, next, EMU_STAMP_SWAP);
 
