@@ -42,8 +42,6 @@ class Usages:
     """Base of GuestRam."""
 
     frames: int
-    #: whether track_usages() was called
-    tracks_usages = False
 
     @property
     def _core(self) -> _native.Region:
@@ -52,7 +50,6 @@ class Usages:
     def track_usages(self) -> None:
         """From now on usages may be said. Raises HostError where a page that is gone can't be told from zeros."""
         self._core.track_usages()
-        self.tracks_usages = True
 
     def say(
         self, ranges: Iterable[Sequence[int]] | Ranges, usage: Usage, cause: Cause = Cause.OTHER
@@ -68,7 +65,6 @@ class Usages:
     def page_states(self, memmap: Any, bits: int) -> None:
         """Let the guest's kernel say what its pages are worth (csrc/page_states.c). memmap: its descriptors, native."""
         self._core.page_states(memmap, bits)
-        self.tracks_usages = True
 
     def usages(self, gfn: int = 0, count: int | None = None) -> bytes:
         """Return one Usage byte a frame."""

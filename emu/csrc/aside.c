@@ -362,7 +362,8 @@ static int64_t over(struct emu_region *r, const struct emu_range *ranges, size_t
 		err = -EOPNOTSUPP;
 	for (size_t i = 0; i < n && !err; i++) {
 		const uint64_t end = ranges[i].gfn + ranges[i].count;
-		int64_t did = out ? emu_aside_take(r, ranges[i].gfn, end, stamp, EMU_ANY_USAGE) : emu_aside_restore(r, ranges[i].gfn, end, stamp);
+		int64_t did = out ? emu_aside_take(r, ranges[i].gfn, end, stamp, EMU_ANY_USAGE)
+		              : emu_aside_restore(r, ranges[i].gfn, end, stamp);
 
 		err = did < 0 ? (int)did : 0;
 		frames += did > 0 ? did : 0;

@@ -298,7 +298,7 @@ void emu_fault_unmark(struct emu_region *r, uint64_t gfn);
 int emu_fault_vanished(struct emu_region *r, uint64_t gfn, bool signalled);
 int emu_fault_fill(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t prior, bool write, const void *src,
                    uint64_t *done);
-void emu_fault_forget(struct emu_region *r, uint64_t gfn);
+bool emu_fault_forget(struct emu_region *r, uint64_t gfn, uint8_t usage);
 int64_t emu_fault_install(struct emu_region *r, uint64_t gfn, uint64_t count, const void *src);
 
 /* sigbus.c */

@@ -232,18 +232,22 @@ void emu_fault_unmark(struct emu_region *r, uint64_t gfn)
 	emu_state_wake(r, gfn, 1);
 }
 
-/* A frame that is about to be wholly overwritten, and whose content isn't missed: DISCARDED -> ZERO. */
-void emu_fault_forget(struct emu_region *r, uint64_t gfn)
+/*
+ * What a DISCARDED frame held isn't missed: it is about to be wholly overwritten, or its guest has been told (usage.c).  It
+ * becomes ZERO, and of that usage; false if it wasn't DISCARDED, or can't.
+ */
+bool emu_fault_forget(struct emu_region *r, uint64_t gfn, uint8_t usage)
 {
 	int err = 0;
 
 	if (emu_state_load(r, gfn) != EMU_DISCARDED || !emu_state_try(r, gfn, EMU_DISCARDED, EMU_BUSY))
-		return;
+		return false;
 	if (r->service != EMU_SERVICE_INLINE) /* there is a marker */
 		err = madvise(emu_frame(r, gfn), EMU_FRAME_SIZE, MADV_DONTNEED) || emu_find(r, gfn, 1);
-	emu_state_publish(r, gfn, err ? EMU_DISCARDED : EMU_ZERO);
+	emu_state_publish_as(r, gfn, err ? EMU_DISCARDED : EMU_ZERO, usage);
 	emu_state_moved(r, EMU_DISCARDED, err ? EMU_DISCARDED : EMU_ZERO, 1);
 	emu_state_wake(r, gfn, 1);
+	return !err;
 }
 
 /*

@@ -35,7 +35,7 @@ static void copy(struct copy *c)
 		int changed;
 
 		if (state == EMU_DISCARDED && c->write && n == EMU_FRAME_SIZE) {
-			emu_fault_forget(r, gfn);
+			emu_fault_forget(r, gfn, EMU_STABLE);
 			state = emu_state_load(r, gfn);
 		}
 

@@ -29,7 +29,6 @@
 #include "core.h"
 #include "memmap.h"
 
-
 /* Around what may say something. The region may have been closed meanwhile: then nothing is said. */
 bool emu_states_begin(struct emu_memmap *m)
 {

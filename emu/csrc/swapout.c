@@ -317,7 +317,8 @@ static void *swapd(void *arg)
 		int64_t want = atomic_load(&sw->want), went = 0;
 		size_t n = 0;
 
-		if (want > 0 && emu_access_victims(r, 0, want < ROUND ? (uint64_t)want : ROUND, EMU_ANY_USAGE, victim, VICTIMS, &n) > 0)
+		if (want > 0 && emu_access_victims(r, 0, want < ROUND ? (uint64_t)want : ROUND, EMU_ANY_USAGE, victim, VICTIMS,
+		                                   &n) > 0)
 			went = swap_out(r, victim, n);
 		/* nothing more to be had: the rest of the wish is void; who waits at the gate will ask again */
 		atomic_fetch_sub(&sw->want, went > 0 ? went : want > 0 ? want : 0);

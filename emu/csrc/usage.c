@@ -34,7 +34,6 @@
 #include "core.h"
 
 #include <stdlib.h>
-#include <sys/mman.h>
 
 #define IN(s) (1u << EMU_##s)
 #define IN_MEMORY (IN(ZEROMAP) | IN(RESIDENT) | IN(LAZY) | IN(ASIDE))
@@ -74,21 +73,6 @@ static void lose(struct emu_region *r, uint64_t gfn)
 	emu_state_wake(r, gfn, 1);
 }
 
-/* Frame gfn, Vz, becomes Sz or Uz; false if it has changed, or can't. */
-static bool find(struct emu_region *r, uint64_t gfn, uint8_t usage)
-{
-	int err = 0;
-
-	if (!emu_state_try(r, gfn, EMU_DISCARDED, EMU_BUSY))
-		return false;
-	if (r->service != EMU_SERVICE_INLINE) /* there is a marker */
-		err = madvise(emu_frame(r, gfn), EMU_FRAME_SIZE, MADV_DONTNEED) || emu_find(r, gfn, 1);
-	emu_state_publish_as(r, gfn, err ? EMU_DISCARDED : EMU_ZERO, usage);
-	emu_state_moved(r, EMU_DISCARDED, err ? EMU_DISCARDED : EMU_ZERO, 1);
-	emu_state_wake(r, gfn, 1);
-	return !err;
-}
-
 static enum emu_said say(struct emu_region *r, uint64_t gfn, uint8_t usage, struct emu_usage_tally *t)
 {
 	for (;;) {
@@ -116,7 +100,7 @@ static enum emu_said say(struct emu_region *r, uint64_t gfn, uint8_t usage, stru
 			if (emu_state_load(r, gfn) != EMU_DISCARDED)
 				continue;
 		} else if (state == EMU_DISCARDED && usage <= EMU_UNUSED) {
-			if (!find(r, gfn, usage))
+			if (!emu_fault_forget(r, gfn, usage))
 				continue;
 			if (usage == EMU_STABLE) {
 				t->moved[was][usage]++;

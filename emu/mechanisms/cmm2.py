@@ -51,10 +51,6 @@ def _dirty(text: str) -> Literal["page", "mapping"]:
     return "page" if text == "page" else "mapping"
 
 
-def _size(name: str) -> Callable[[str], int]:
-    return lambda text: parse_size(text, f"cmm2 {name}")
-
-
 @dataclass(frozen=True, slots=True)
 class Cmm2Mechanism:
     """Sizes are bytes, scan guest seconds."""
@@ -71,13 +67,13 @@ class Cmm2Mechanism:
     name: ClassVar[str] = "cmm2"
     light: ClassVar[bool] = False
     parsers: ClassVar[dict[str, Callable[[str], Any]]] = {
-        "max": _size("max"),
+        "max": lambda text: parse_size(text, "cmm2 max"),
         "policy": _policy,
         "dirty": _dirty,
         "minor": parse_yes,
         "buffers": parse_yes,
         "scan": lambda text: parse_duration(text, "cmm2 scan"),
-        "memory": _size("memory"),
+        "memory": lambda text: parse_size(text, "cmm2 memory"),
         "file": str,
     }
     chain: ClassVar[tuple[Stage, ...]] = (*GUEST_CHAIN, Stage.DISCARDED)
