@@ -6,9 +6,11 @@ the memory (MADV_DONTFORK) nor the fault service.
 """
 
 import errno
+import functools
 import mmap
 import os
 import threading
+import weakref
 from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -101,9 +103,14 @@ _scratch = _Scratch()
 _fork_generation = object()
 
 
+_regions: "weakref.WeakSet[Region]" = weakref.WeakSet()
+
+
 def _forked() -> None:
     global _fork_generation  # noqa: PLW0603
     _fork_generation = object()
+    for region in list(_regions):  # for what calls the core without asking us: Region.sayer()
+        region.end_in_child()
 
 
 os.register_at_fork(after_in_child=_forked)
@@ -138,6 +145,7 @@ class Region:
         self._generation = _fork_generation
         self._closed = False
         self._cell = _cell()
+        _regions.add(self)
 
     def open(
         self,
@@ -388,6 +396,22 @@ class Region:
         if err:
             raise self._failed(err, None)
 
+    def end_in_child(self) -> None:
+        if self._cell[0] != ffi.NULL:
+            lib.emu_region_forked(self._cell[0])
+
+    def sayer(self, gfn: "array[int]", usage: int, cause: int) -> "functools.partial[int]":
+        at = ffi.from_buffer("uint64_t[]", gfn)
+        call = functools.partial(
+            lib.emu_usage_one, ffi.new("struct emu_sayer *", (self._cell[0], at, usage, cause))
+        )
+        call.keep = (self, at)  # type: ignore[attr-defined]  # for as long as it can be called
+        return call
+
+    @property
+    def tracks_usages(self) -> bool:
+        return bool(self._call(lib.emu_usage_tracked) == 1)
+
     def say(self, ranges: Ranges, usage: int, cause: int) -> "tuple[int, array[int]]":
         gone = array("Q", bytes(8 * ranges.frames)) if usage == lib.EMU_STABLE else array("Q")
         n = ffi.new("size_t *")
@@ -450,7 +474,7 @@ class Region:
 
     def tally(self, memmap: Any, ranges: Ranges, cell_frames: int) -> "array[int]":
         """Count all frames by cell, owner and state; see emu_states_tally."""
-        counts = array("I", bytes(4 * -(-self.frames // cell_frames) * lib.EMU_NR_OWNERS * lib.EMU_NR_STATES))
+        counts = array("I", bytes(4 * -(-self.frames // cell_frames) * lib.EMU_NR_OWNERS * lib.EMU_NR_TALLIES))
         flat = ffi.from_buffer("struct emu_range[]", ranges.flat)
         into = ffi.from_buffer("uint32_t[]", counts)
         err = self._call(lib.emu_states_tally, memmap, flat, len(ranges), cell_frames, into)

@@ -43,6 +43,7 @@ SOURCES = [
     "pagecache.c",
     "lru.c",
     "disk.c",
+    "native.c",
 ]
 HEADERS = ["emu.h", "core.h", "memmap.h", "store.h", "swap.h", "guestaccess.h", "uapi.h", "emu.cdef.h"]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from emu._native import lib
 
-__all__ = ["EVENT_TYPES", "Cause", "Event", "FrameState", "Op", "StealPolicy", "Usage"]
+__all__ = ["EVENT_TYPES", "Cause", "Event", "FrameState", "Op", "Said", "StealPolicy", "Usage"]
 
 
 class FrameState(enum.IntEnum):
@@ -48,6 +48,15 @@ class Cause(enum.IntEnum):
     COW = lib.EMU_CAUSE_COW
     DISCARDED = lib.EMU_CAUSE_DISCARDED
     OTHER = lib.EMU_CAUSE_OTHER
+
+
+class Said(enum.IntEnum):
+    """What came of saying it: changed; it was so; it may not be; it was discarded meanwhile, and is stable now."""
+
+    CHANGED = lib.EMU_SAID
+    ALREADY = lib.EMU_SAID_ALREADY
+    REFUSED = lib.EMU_SAID_REFUSED
+    GONE = lib.EMU_SAID_GONE
 
 
 class StealPolicy(enum.IntEnum):

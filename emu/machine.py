@@ -13,6 +13,7 @@ from emu.mechanisms import Mechanism, make_mechanism
 from emu.observe.chain import ASIDE_ARROWS, RETURN_ARROWS, Arrow
 from emu.observe.pagemap import Stage, take_page_map
 from emu.observe.snapshot import Snapshot, take_snapshot
+from emu.observe.usages import take_usage_view
 from emu.observe.vmstat import read_vmstat
 from emu.ram import GuestRam
 from emu.units import FRAME_SIZE, parse_duration
@@ -263,7 +264,7 @@ class Machine:
     def stats(self) -> dict[str, int]:
         """Return all counters, of guest, host and core."""
         self._check()
-        return read_vmstat(self._guest, self._host)
+        return read_vmstat(self._guest, self._host, take_usage_view(self._host.ram))
 
     def describe(self) -> dict[str, Any]:
         """Return what a measurement must say of itself: service, placement, rung, clock, policy."""

@@ -403,6 +403,8 @@ class GuestRam(Reclaim, Usages):
     def tally(self, memmap: Any, listed: Iterable[Sequence[int]], cell_frames: int) -> "array[int]":
         """Count frames by cell, owner and FrameState: flat, [cell][owner][state], cells of cell_frames each.
 
+        One state more, the last: in memory, and volatile or potentially so.
+
         memmap: the guest's descriptors (native), which know the owners. listed: (gfn, count, owner), ascending, for
         frames of which it is known otherwise.
         """

@@ -10,15 +10,15 @@ boundary against a guest that lies: it harms itself alone.
 """
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from emu import _native
 from emu.frames import Cause, FrameState, Usage
 from emu.ranges import Ranges
 
-__all__ = ["Transitions", "Usages"]
+__all__ = ["Sayer", "Transitions", "Usages"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,17 @@ class Transitions:
         return sum(sum(kinds.values()) for kinds in self.moved.values())
 
 
+class Sayer(NamedTuple):
+    """Put a frame's number in gfn[0], then call say(): Said, or -errno. For one thread; tens of ns over an empty call.
+
+    say() is the core's own function, and has no argument: each takes longer than the work. Nothing is raised: -ERANGE,
+    -EOPNOTSUPP (track_usages() first), -ESHUTDOWN once the RAM is closed, or in a forked child.
+    """
+
+    gfn: "array[int]"
+    say: Callable[[], int]
+
+
 class Usages:
     """Base of GuestRam."""
 
@@ -51,6 +62,11 @@ class Usages:
         """From now on usages may be said. Raises HostError where a page that is gone can't be told from zeros."""
         self._core.track_usages()
 
+    @property
+    def tracks_usages(self) -> bool:
+        """Whether that was called."""
+        return self._core.tracks_usages
+
     def say(
         self, ranges: Iterable[Sequence[int]] | Ranges, usage: Usage, cause: Cause = Cause.OTHER
     ) -> "tuple[int, array[int]]":
@@ -61,6 +77,11 @@ class Usages:
         batch = ranges if isinstance(ranges, Ranges) else Ranges.of(ranges)
         batch.check(self.frames, disjoint=False)
         return self._core.say(batch, usage, cause)
+
+    def sayer(self, usage: Usage, cause: Cause = Cause.OTHER) -> "Sayer":
+        """Return what says this usage of one frame at a time, for who can't batch."""
+        gfn = array("Q", [0])
+        return Sayer(gfn, self._core.sayer(gfn, usage, cause))
 
     def page_states(self, memmap: Any, bits: int) -> None:
         """Let the guest's kernel say what its pages are worth (csrc/page_states.c). memmap: its descriptors, native."""

@@ -244,6 +244,11 @@ uint64_t emu_state_claim(struct emu_region *r, uint64_t gfn, uint64_t most, uint
 /* The same, of those alone whose usage is in a set of them, a bit each. */
 uint64_t emu_state_claim_used(struct emu_region *r, uint64_t gfn, uint64_t most, uint8_t from, unsigned usages);
 void emu_state_publish_run(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t to);
+/* Whether the eight frames from gfn on, a multiple of 8, all have this byte. */
+static inline bool emu_byte_alike8(const struct emu_region *r, uint64_t gfn, uint8_t byte)
+{
+	return __atomic_load_n((const uint64_t *)(const void *)(r->state + gfn), __ATOMIC_ACQUIRE) == byte * 0x0101010101010101u;
+}
 /* The states of the eight frames from gfn on, a multiple of 8, if they are all the same; else EMU_NR_STATES. */
 static inline uint8_t emu_state_load8(const struct emu_region *r, uint64_t gfn)
 {
@@ -362,7 +367,6 @@ int emu_lose(struct emu_region *r, uint64_t gfn, uint64_t count); /* empty frame
 int emu_find(struct emu_region *r, uint64_t gfn, uint64_t count);
 
 /* usage.c */
-enum emu_said { EMU_SAID, EMU_SAID_ALREADY, EMU_SAID_REFUSED, EMU_SAID_GONE };
 /* What a call has said; emu_usage_count() adds it to the region's counts. */
 struct emu_usage_tally {
 	uint32_t moved[EMU_NR_USAGES][EMU_NR_USAGES], refused[EMU_NR_USAGES], same, gone;

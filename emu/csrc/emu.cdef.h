@@ -66,6 +66,7 @@ int munlock(const void *addr, size_t len);
 #define EMU_STATES_BUFFERS ...
 enum emu_state { EMU_ZERO, EMU_ZEROMAP, EMU_RESIDENT, EMU_LAZY, EMU_BUSY, EMU_LOST, EMU_ASIDE, EMU_PRESERVED, EMU_DISCARDED,
 	EMU_NR_STATES, ... };
+#define EMU_NR_TALLIES ...
 enum emu_usage { EMU_STABLE, EMU_UNUSED, EMU_VOLATILE, EMU_POTENTIAL, EMU_NR_USAGES, ... };
 enum emu_cause { EMU_CAUSE_FREE, EMU_CAUSE_ALLOC, EMU_CAUSE_READ, EMU_CAUSE_WRITEBACK, EMU_CAUSE_LOOKUP, EMU_CAUSE_PUT,
 	EMU_CAUSE_SINK, EMU_CAUSE_MAP, EMU_CAUSE_MKWRITE, EMU_CAUSE_UNMAP, EMU_CAUSE_PIN, EMU_CAUSE_COW, EMU_CAUSE_DISCARDED,
@@ -89,6 +90,7 @@ enum emu_steal_policy { EMU_STEAL_BY_AGE, EMU_STEAL_ROUND, EMU_STEAL_AT_RANDOM, 
 #define EMU_LOOKUP_BACKWARD ...
 #define EMU_LOOKUP_ABSENT ...
 #define EMU_LOOKUP_GET ...
+#define EMU_LOOKUP_WHY ...
 #define EMU_LOOKUP_GONE ...
 #define EMU_LOOKUP_MARKER ...
 #define EMU_INSERT_DIRTY ...
@@ -133,7 +135,7 @@ struct emu_memmap_stats {
 	int64_t nr_owner[...]; int64_t nr_lru[...]; int64_t nr_mapped, nonresident_age; uint16_t gen;
 	int64_t pgactivate, pgdeactivate, pgrefill, pgrotated;
 	int64_t moved[...];
-	int64_t workingset_refault, workingset_activate, workingset_restore;
+	int64_t workingset_refault, workingset_activate, workingset_restore, pgaccess;
 };
 struct emu_memmap { struct emu_memmap_stats stats; ...; };
 struct emu_page_info { uint32_t space, index, mapcount; uint32_t flags; uint16_t gen, pins; uint8_t owner; };
@@ -214,6 +216,14 @@ int64_t emu_gate_release(struct emu_gate *g, int slot);
 int emu_gate_attach(struct emu_region *r, struct emu_gate *g, int slot, int deadline_ms);
 
 /* usage.c, steal.c */
+int emu_usage_tracked(struct emu_region *r);
+enum emu_said { EMU_SAID, EMU_SAID_ALREADY, EMU_SAID_REFUSED, EMU_SAID_GONE, ... };
+struct emu_sayer { struct emu_region *region; const uint64_t *gfn; int usage, cause; };
+int emu_usage_one(const struct emu_sayer *s);
+void emu_region_forked(struct emu_region *r);
+uint8_t *emu_region_bytes(struct emu_region *r);
+int emu_native_fault(uint64_t pages, uint64_t *fault_ns, uint64_t *free_ns);
+int emu_native_read(int fd, uint64_t bytes, size_t chunk, uint64_t *ns);
 int emu_usage_track(struct emu_region *r);
 int64_t emu_usage_set(struct emu_region *r, const struct emu_range *ranges, size_t n, int usage, int cause, uint64_t *gone,
 	size_t cap, size_t *nr_gone);
@@ -252,6 +262,7 @@ int emu_page_states_on(struct emu_region *r, struct emu_memmap *m, unsigned how)
 int64_t emu_page_states_off(struct emu_memmap *m, uint32_t *gone, size_t cap);
 int emu_pages_allocated(struct emu_memmap *m, const struct emu_range *ranges, size_t n);
 int emu_pages_put(struct emu_memmap *m, const struct emu_range *ranges, size_t n);
+int emu_pages_mlock(struct emu_memmap *m, const struct emu_range *ranges, size_t n);
 int emu_pages_writable(struct emu_memmap *m, const struct emu_range *ranges, size_t n);
 
 /* memmap.c, pagecache.c, lru.c */

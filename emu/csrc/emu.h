@@ -122,14 +122,20 @@ void emu_region_free(struct emu_region *r); /* closes it first, if need be */
 int emu_region_dead(struct emu_region *r);  /* errno that killed the service thread, or 0 */
 int64_t emu_region_table_bytes(struct emu_region *r); /* resident bytes of our own tables */
 int emu_region_vectored(struct emu_region *r); /* discards many ranges in one system call */
+void emu_region_forked(struct emu_region *r); /* in a child, which has no tables: closed there */
+/* Where the frames' bytes are, for who measures what changing one costs. To write there breaks the books. */
+uint8_t *emu_region_bytes(struct emu_region *r);
 
 /* ---- state.c, stats.c -------------------------------------------------------------------------------------- */
 
 int emu_states_copy(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret);
 /*
- * Count all frames by cell, owner and state: ret[cell][EMU_NR_OWNERS][state], zeroed by the caller, cells of cell_frames
- * each. A range's key is its owner; the ranges ascend and don't overlap. Frames in no range are whose m says.
+ * Count all frames by cell, owner and state: ret[cell][EMU_NR_OWNERS][EMU_NR_TALLIES], zeroed by the caller, cells of
+ * cell_frames each. A range's key is its owner; the ranges ascend and don't overlap. Frames in no range are whose m says.
+ * Those in memory that the guest calls volatile, or potentially so, are counted as EMU_TALLY_VOLATILE, not by their state.
  */
+#define EMU_TALLY_VOLATILE EMU_NR_STATES
+#define EMU_NR_TALLIES (EMU_NR_STATES + 1)
 struct emu_memmap;
 int emu_states_tally(struct emu_region *r, const struct emu_memmap *m, const struct emu_range *ranges, size_t n,
                      uint64_t cell_frames, uint32_t *ret);
@@ -181,6 +187,7 @@ struct emu_usage_counts {
 	int64_t refused[EMU_NR_CAUSES][EMU_NR_USAGES];
 	int64_t gone[EMU_NR_CAUSES];
 };
+int emu_usage_tracked(struct emu_region *r);
 int emu_usage_track(struct emu_region *r); /* from now on usages may be said. -EOPNOTSUPP: a lost page can't be told here */
 /*
  * Say `usage` of frames; how many changed, or -errno. EMU_STABLE: up to `cap` of those that were discarded meanwhile are in
@@ -191,6 +198,18 @@ int64_t emu_usage_set(struct emu_region *r, const struct emu_range *ranges, size
                       size_t cap, size_t *nr_gone);
 int64_t emu_usage_set_frames(struct emu_region *r, const uint32_t *gfns, size_t n, int usage, int cause, uint64_t *gone,
                              size_t cap, size_t *nr_gone);
+/*
+ * Of one frame: enum emu_said, or -errno. For who can't batch. The frame's number is where the sayer points, since from
+ * Python a second argument takes longer than all of the call's work.
+ */
+enum emu_said {
+	EMU_SAID,         /* it changed */
+	EMU_SAID_ALREADY, /* it was so */
+	EMU_SAID_REFUSED,
+	EMU_SAID_GONE, /* EMU_STABLE: it was discarded meanwhile, is stable now, and reads as zeros */
+};
+struct emu_sayer { struct emu_region *region; const uint64_t *gfn; int usage, cause; };
+int emu_usage_one(const struct emu_sayer *s);
 int emu_usage_counts(struct emu_region *r, struct emu_usage_counts *ret);
 int emu_usage_matrix(struct emu_region *r, int64_t *ret); /* frames: ret[EMU_NR_USAGES][EMU_NR_STATES] */
 int emu_usage_copy(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t *ret);
@@ -427,6 +446,7 @@ struct emu_memmap_stats {
 	int64_t pgactivate, pgdeactivate, pgrefill, pgrotated;
 	int64_t moved[EMU_NR_OWNERS * EMU_NR_OWNERS]; /* frames that went from one owner to another, by from and to */
 	int64_t workingset_refault, workingset_activate, workingset_restore;
+	int64_t pgaccess; /* pages that reads and writes found in the cache */
 };
 
 /* Begins with its stats; the rest is memmap.h's. */
@@ -442,6 +462,11 @@ int emu_pages_map(struct emu_memmap *m, const struct emu_range *ranges, size_t n
 struct emu_page_info { uint32_t space, index, mapcount; uint32_t flags; uint16_t gen, pins; uint8_t owner; };
 int emu_page_look(struct emu_memmap *m, uint64_t pfn, struct emu_page_info *ret);
 
+/* ---- native.c: what a page costs without a guest ---------------------------------------------------------------- */
+
+int emu_native_fault(uint64_t pages, uint64_t *fault_ns, uint64_t *free_ns);
+int emu_native_read(int fd, uint64_t bytes, size_t chunk, uint64_t *ns);
+
 /* ---- page_states.c: what the guest's kernel says of its pages (CMM2) ----------------------------------------------- */
 
 #define EMU_STATES_LIGHT 1u       /* only what the allocator says: stable, unused */
@@ -454,6 +479,7 @@ int emu_page_states_on(struct emu_region *r, struct emu_memmap *m, unsigned how)
 int64_t emu_page_states_off(struct emu_memmap *m, uint32_t *gone, size_t cap); /* pages of the cache that the host has taken */
 int emu_pages_allocated(struct emu_memmap *m, const struct emu_range *ranges, size_t n);
 int emu_pages_put(struct emu_memmap *m, const struct emu_range *ranges, size_t n);
+int emu_pages_mlock(struct emu_memmap *m, const struct emu_range *ranges, size_t n);
 int emu_pages_writable(struct emu_memmap *m, const struct emu_range *ranges, size_t n);
 
 /* ---- pagecache.c: spaces, which know the page of each index (address_space) ----------------------------------- */
@@ -476,6 +502,7 @@ int emu_space_destroy(struct emu_memmap *m, struct emu_space *s); /* -EBUSY: it 
 #define EMU_LOOKUP_BACKWARD 8u   /* only count, from first down */
 #define EMU_LOOKUP_ABSENT 16u    /* only count, the pages that aren't there */
 #define EMU_LOOKUP_GET 32u       /* take a reference to each, which emu_pages_put() drops */
+#define EMU_LOOKUP_WHY 8         /* from this bit on: the cause of making it stable; 0: EMU_CAUSE_LOOKUP */
 #define EMU_LOOKUP_GONE (1 << 29) /* in the answer: the page after these is in the cache, but the host has taken it */
 #define EMU_LOOKUP_MARKER (1 << 30) /* in the answer: the last page has PG_readahead */
 /*

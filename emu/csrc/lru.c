@@ -88,6 +88,20 @@ void emu_lru_rotate(struct emu_memmap *m, uint32_t pfn)
 	move(m, pfn, 0, EMU_PG_ACTIVE, true);
 }
 
+void emu_lru_unevictable(struct emu_memmap *m, uint32_t pfn)
+{
+	if (!has(page_of(m, pfn), PG_UNEVICTABLE))
+		move(m, pfn, PG_UNEVICTABLE, EMU_PG_ACTIVE, false);
+}
+
+void emu_lru_putback(struct emu_memmap *m, uint32_t pfn)
+{
+	const struct emu_page *p = page_of(m, pfn);
+
+	if (has(p, PG_UNEVICTABLE) && p->space != NO_SPACE)
+		move(m, pfn, 0, PG_UNEVICTABLE, false);
+}
+
 /* mark_page_accessed(): inactive -> inactive, referenced -> active -> active, referenced */
 void emu_lru_accessed(struct emu_memmap *m, uint32_t pfn)
 {

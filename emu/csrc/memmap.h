@@ -98,6 +98,8 @@ void emu_page_freed(struct emu_memmap *m, uint32_t pfn);
 /* lru.c */
 void emu_lru_add(struct emu_memmap *m, uint32_t pfn);
 void emu_lru_del(struct emu_memmap *m, uint32_t pfn);
+void emu_lru_unevictable(struct emu_memmap *m, uint32_t pfn); /* mlocked: reclaim doesn't see it */
+void emu_lru_putback(struct emu_memmap *m, uint32_t pfn);     /* if it was: reclaim sees it again */
 void emu_lru_rotate(struct emu_memmap *m, uint32_t pfn); /* to the inactive tail: written, and wanted by reclaim */
 void emu_lru_accessed(struct emu_memmap *m, uint32_t pfn);
 void emu_lru_refault(struct emu_memmap *m, uint32_t pfn, uint32_t shadow);

@@ -150,8 +150,9 @@ int emu_pages_allocated(struct emu_memmap *m, const struct emu_range *ranges, si
 
 void emu_page_freed(struct emu_memmap *m, uint32_t pfn)
 {
-	if (m->states.open)
-		say(m, pfn, EMU_UNUSED, EMU_CAUSE_FREE);
+	if (m->states.open) /* of one that the host has taken, a discard fault has told */
+		say(m, pfn, EMU_UNUSED,
+		    emu_state_load(m->states.region, pfn) == EMU_DISCARDED ? EMU_CAUSE_DISCARDED : EMU_CAUSE_FREE);
 }
 
 /* References that emu_space_lookup() took (EMU_LOOKUP_GET), or that pin pages, are dropped. */
@@ -168,10 +169,38 @@ int emu_pages_put(struct emu_memmap *m, const struct emu_range *ranges, size_t n
 		for (uint64_t k = 0; k < ranges[i].count; k++) {
 			const uint32_t pfn = (uint32_t)(ranges[i].gfn + k);
 
-			if (!--page_of(m, pfn)->pins)
+			if (!--page_of(m, pfn)->pins) {
+				emu_lru_putback(m, pfn);
 				emu_page_make_volatile(m, pfn, EMU_CAUSE_PUT);
+			}
 		}
 	emu_states_end(m);
+	return 0;
+}
+
+/*
+ * mlock(2): one more reference to pages that are held, until emu_pages_put(); they leave the lists of what reclaim may take.
+ * Their file is marked for good: none of its pages is called volatile any more.
+ */
+int emu_pages_mlock(struct emu_memmap *m, const struct emu_range *ranges, size_t n)
+{
+	if (!emu_memmap_ranges_ok(m, ranges, n))
+		return -ERANGE;
+	for (size_t i = 0; i < n; i++)
+		for (uint64_t k = 0; k < ranges[i].count; k++) {
+			const struct emu_page *p = page_of(m, (uint32_t)(ranges[i].gfn + k));
+
+			if (!p->pins || p->space == NO_SPACE)
+				return -EINVAL;
+		}
+	for (size_t i = 0; i < n; i++)
+		for (uint64_t k = 0; k < ranges[i].count; k++) {
+			struct emu_page *p = page_of(m, (uint32_t)(ranges[i].gfn + k));
+
+			p->pins++;
+			m->t.space[p->space]->mlocked = true;
+			emu_lru_unevictable(m, (uint32_t)(ranges[i].gfn + k));
+		}
 	return 0;
 }
 

@@ -181,10 +181,14 @@ static bool append(struct emu_range *runs, size_t cap, size_t *n, uint32_t pfn, 
 int64_t emu_space_lookup(struct emu_memmap *m, struct emu_space *s, uint64_t first, uint64_t count, unsigned how,
                          struct emu_range *runs, size_t cap, size_t *nr_runs)
 {
+	const unsigned why = how >> EMU_LOOKUP_WHY;
+	const int cause = why ? (int)why : EMU_CAUSE_LOOKUP;
 	int64_t pfn, flags = 0;
 	uint64_t k = 0;
 
 	*nr_runs = 0;
+	if (cause >= EMU_NR_CAUSES)
+		return -EINVAL;
 	if (how & EMU_LOOKUP_BACKWARD) {
 		while (k < count && k <= first && frame_at(s, first - k) >= 0)
 			k++;
@@ -201,7 +205,7 @@ int64_t emu_space_lookup(struct emu_memmap *m, struct emu_space *s, uint64_t fir
 		if (runs && *nr_runs == cap && !joins(runs, *nr_runs, (uint32_t)pfn, first + k))
 			break;
 		if (how & EMU_LOOKUP_GET) {
-			if (!emu_page_make_stable(m, (uint32_t)pfn, EMU_CAUSE_LOOKUP)) {
+			if (!emu_page_make_stable(m, (uint32_t)pfn, cause)) {
 				flags |= EMU_LOOKUP_GONE;
 				break;
 			}
@@ -220,6 +224,8 @@ int64_t emu_space_lookup(struct emu_memmap *m, struct emu_space *s, uint64_t fir
 		}
 	}
 	emu_states_end(m);
+	if (how & EMU_LOOKUP_MARK)
+		m->stats.pgaccess += (int64_t)k;
 	return (int64_t)k | flags;
 }
 

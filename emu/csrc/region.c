@@ -270,6 +270,16 @@ int emu_region_enter_at(struct emu_region *r, const struct emu_range *ranges, si
 	return err ? err : emu_region_enter(r);
 }
 
+void emu_region_forked(struct emu_region *r)
+{
+	atomic_store(&r->closed, 2);
+}
+
+uint8_t *emu_region_bytes(struct emu_region *r)
+{
+	return (uint8_t *)(uintptr_t)r->state;
+}
+
 void emu_region_leave(struct emu_region *r)
 {
 	if (atomic_fetch_sub(&r->calls, 1) == 1 && atomic_load(&r->closed))

@@ -323,6 +323,13 @@ int emu_states_copy(struct emu_region *r, uint64_t gfn, uint64_t count, uint8_t 
 	return 0;
 }
 
+static unsigned kind(uint8_t byte)
+{
+	const uint8_t state = emu_byte_state(byte);
+
+	return emu_byte_usage(byte) >= EMU_VOLATILE && (state == EMU_RESIDENT || state == EMU_LAZY) ? EMU_TALLY_VOLATILE : state;
+}
+
 static void tally_run(const struct emu_region *r, uint64_t gfn, uint64_t end, uint32_t *ret)
 {
 	while (gfn < end) {
@@ -334,14 +341,11 @@ static void tally_run(const struct emu_region *r, uint64_t gfn, uint64_t end, ui
 			continue;
 		}
 		while (gfn < last) {
-			uint8_t state = gfn % 8 == 0 && last - gfn >= 8 ? emu_state_load8(r, gfn) : EMU_NR_STATES;
+			const uint8_t byte = emu_byte_load(r, gfn);
+			const unsigned n = gfn % 8 == 0 && last - gfn >= 8 && emu_byte_alike8(r, gfn, byte) ? 8 : 1;
 
-			if (state < EMU_NR_STATES) {
-				ret[state] += 8;
-				gfn += 8;
-			} else {
-				ret[emu_state_load(r, gfn++)]++;
-			}
+			ret[kind(byte)] += n;
+			gfn += n;
 		}
 	}
 }
@@ -353,7 +357,7 @@ static void tally(const struct emu_region *r, uint64_t gfn, uint64_t end, uint64
 		const uint64_t cell = gfn / cell_frames, next = (cell + 1) * cell_frames;
 		const uint64_t last = next < end ? next : end;
 
-		tally_run(r, gfn, last, ret + (cell * EMU_NR_OWNERS + owner) * EMU_NR_STATES);
+		tally_run(r, gfn, last, ret + (cell * EMU_NR_OWNERS + owner) * EMU_NR_TALLIES);
 		gfn = last;
 	}
 }

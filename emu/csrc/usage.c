@@ -187,12 +187,31 @@ static bool sayable(int usage, int cause)
 	return usage >= 0 && usage < EMU_NR_USAGES && cause >= 0 && cause < EMU_NR_CAUSES;
 }
 
+/* Where a batch puts the frames that were gone. */
+struct gone {
+	uint64_t *gfn;
+	size_t cap, n;
+};
+
+static void say_of(struct emu_region *r, uint64_t gfn, int usage, struct emu_usage_tally *t, struct gone *gone)
+{
+	if (say(r, gfn, (uint8_t)usage, t) == EMU_SAID_GONE && gone->n++ < gone->cap)
+		gone->gfn[gone->n - 1] = gfn;
+}
+
+static int64_t end(struct emu_region *r, int cause, const struct emu_usage_tally *t)
+{
+	emu_usage_count(r, cause, t);
+	emu_region_leave(r);
+	return emu_usage_changed(t);
+}
+
 int64_t emu_usage_set(struct emu_region *r, const struct emu_range *ranges, size_t n, int usage, int cause, uint64_t *gone,
                       size_t cap, size_t *nr_gone)
 {
 	struct emu_usage_tally t = { 0 };
+	struct gone into = { gone, cap, 0 };
 	int err = sayable(usage, cause) ? emu_ranges_check(r, ranges, n) : -EINVAL;
-	size_t found = 0;
 
 	*nr_gone = 0;
 	if (!err)
@@ -200,27 +219,22 @@ int64_t emu_usage_set(struct emu_region *r, const struct emu_range *ranges, size
 	if (err)
 		return err;
 	for (size_t i = 0; i < n; i++)
-		for (uint64_t gfn = ranges[i].gfn, end = gfn + ranges[i].count; gfn < end;) {
-			if (gfn % 8 == 0 && end - gfn >= 8 && say8(r, gfn, (uint8_t)usage, &t)) {
+		for (uint64_t gfn = ranges[i].gfn, last = gfn + ranges[i].count; gfn < last;) {
+			if (gfn % 8 == 0 && last - gfn >= 8 && say8(r, gfn, (uint8_t)usage, &t))
 				gfn += 8;
-				continue;
-			}
-			if (say(r, gfn, (uint8_t)usage, &t) == EMU_SAID_GONE && found < cap)
-				gone[found++] = gfn;
-			gfn++;
+			else
+				say_of(r, gfn++, usage, &t, &into);
 		}
-	emu_usage_count(r, cause, &t);
-	emu_region_leave(r);
-	*nr_gone = t.gone;
-	return emu_usage_changed(&t);
+	*nr_gone = into.n;
+	return end(r, cause, &t);
 }
 
 int64_t emu_usage_set_frames(struct emu_region *r, const uint32_t *gfns, size_t n, int usage, int cause, uint64_t *gone,
                              size_t cap, size_t *nr_gone)
 {
 	struct emu_usage_tally t = { 0 };
+	struct gone into = { gone, cap, 0 };
 	int err = sayable(usage, cause) ? 0 : -EINVAL;
-	size_t found = 0;
 
 	*nr_gone = 0;
 	for (size_t i = 0; i < n && !err; i++)
@@ -230,12 +244,22 @@ int64_t emu_usage_set_frames(struct emu_region *r, const uint32_t *gfns, size_t 
 	if (err)
 		return err;
 	for (size_t i = 0; i < n; i++)
-		if (say(r, gfns[i], (uint8_t)usage, &t) == EMU_SAID_GONE && found < cap)
-			gone[found++] = gfns[i];
-	emu_usage_count(r, cause, &t);
-	emu_region_leave(r);
-	*nr_gone = t.gone;
-	return emu_usage_changed(&t);
+		say_of(r, gfns[i], usage, &t, &into);
+	*nr_gone = into.n;
+	return end(r, cause, &t);
+}
+
+int emu_usage_one(const struct emu_sayer *s)
+{
+	const uint64_t gfn = *s->gfn;
+	struct emu_usage_tally t = { 0 };
+	int said = !sayable(s->usage, s->cause) ? -EINVAL : gfn < s->region->frames ? emu_usage_enter(s->region) : -ERANGE;
+
+	if (said)
+		return said;
+	said = (int)say(s->region, gfn, (uint8_t)s->usage, &t);
+	end(s->region, s->cause, &t);
+	return said;
 }
 
 /* Whether anything may be said from now on; all frames are stable before. */
@@ -257,6 +281,11 @@ int emu_usage_track(struct emu_region *r)
 	pthread_mutex_unlock(&r->setup);
 	emu_region_leave(r);
 	return err;
+}
+
+int emu_usage_tracked(struct emu_region *r)
+{
+	return atomic_load_explicit(&r->usages, memory_order_acquire) != NULL;
 }
 
 void emu_usage_free(struct emu_region *r)
@@ -295,9 +324,7 @@ int emu_usage_matrix(struct emu_region *r, int64_t *ret)
 		ret[i] = 0;
 	for (uint64_t gfn = 0; gfn < r->frames;) {
 		const uint8_t byte = emu_byte_load(r, gfn);
-		const bool eight = gfn % 8 == 0 && r->frames - gfn >= 8 &&
-		                   __atomic_load_n((const uint64_t *)(const void *)(r->state + gfn), __ATOMIC_RELAXED) ==
-		                   byte * 0x0101010101010101u;
+		const bool eight = gfn % 8 == 0 && r->frames - gfn >= 8 && emu_byte_alike8(r, gfn, byte);
 
 		ret[emu_byte_usage(byte) * EMU_NR_STATES + emu_byte_state(byte)] += eight ? 8 : 1;
 		gfn += eight ? 8 : 1;

@@ -16,12 +16,14 @@ from array import array
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from emu.errors import DiscardFault, GuestError, OutOfMemory
+from emu.errors import BadValue, DiscardFault, GuestError, OutOfMemory
+from emu.frames import Cause
 from emu.guest.free_area import lazy_bytes
 from emu.guest.inode import Inode
 from emu.guest.lock import as_current, in_kernel
 from emu.guest.memory import Op
-from emu.guest.page import PageFlag
+from emu.guest.page import Lookup, PageFlag
+from emu.guest.pins import Pin, Pins
 from emu.guest.readahead import RA_PAGES, Window
 from emu.guest.vma import Mapping
 from emu.ranges import Ranges
@@ -35,6 +37,7 @@ __all__ = ["FileMapping"]
 
 _SPAN = 256  # pages
 _SHARED_SPAN = 32  # dirtied between two looks at the limits
+_MAP, _MKWRITE, _COW, _PIN = map(Lookup.because, (Cause.MAP, Cause.MKWRITE, Cause.COW, Cause.PIN))
 
 
 class FileMapping(Mapping):
@@ -46,6 +49,7 @@ class FileMapping(Mapping):
         self.shared = shared
         # 1: the page-table entry is the cache's page
         self._cached = lazy_bytes(self.pages)
+        self._pins: Pins | None = None  # until something is locked or pinned
         inode.mappings.append(self)
 
     def __repr__(self) -> str:
@@ -118,6 +122,79 @@ class FileMapping(Mapping):
 
         self._on_spans(start // FRAME_SIZE, -(-end // FRAME_SIZE), True, write)
 
+    # ---- staying (pins.py)
+
+    @as_current
+    def mlock(self, offset: int | str = 0, length: int | str | None = None) -> None:
+        """Fault pages in, and keep them: neither reclaim nor the host takes them (mlock)."""
+        first, end = self._span(offset, length)
+        pins = self._holding()
+        pins.lock(first, end)
+        for frames in self._hold(first, end, write=False):
+            pins.mapped(frames)
+            self._kernel.memmap.put(frames)
+
+    @in_kernel
+    def munlock(self, offset: int | str = 0, length: int | str | None = None) -> None:
+        """Take that back. The file's pages stay stable all the same."""
+        first, end = self._span(offset, length)
+        if self._pins is not None:
+            self._pins.unlock(first, end)
+
+    @as_current
+    def pin(self, offset: int | str = 0, length: int | str | None = None, *, write: bool = False) -> Pin:
+        """Pin the file's pages for a device, to be unpinned before they are unmapped (pin_user_pages)."""
+        first, end = self._span(offset, length)
+        if write and not self.shared:
+            raise BadValue("a private mapping's pages of the file can't be pinned for writing: map it shared")
+        pins, held = self._holding(), Ranges()
+        try:
+            for frames in self._hold(first, end, write=write):
+                for run in frames:
+                    held.add(*run)
+        except BaseException:
+            self._kernel.memmap.put(held)
+            raise
+        pin = Pin(self, first, end - first, held, write=write)
+        pins.pins.append(pin)
+        return pin
+
+    def _hold(self, first: int, end: int, *, write: bool) -> Iterator[Ranges]:
+        # Map pages, and take a reference to each that is the file's; of the process's own nobody takes any.
+        while first < end:
+            if self._frame[first] and not self._cached[first]:
+                first += 1
+                continue
+            stop = self._map(first, min(end, first + _SPAN))
+            if write and not (stop := self._make_writable(first, stop)):
+                continue
+            page = first
+            while page < stop and self._cached[page]:
+                page += 1
+            n, frames, _ = self.inode.hold(first, page - first, _PIN)
+            if n:  # else the host has taken it meanwhile: mapped again
+                yield frames
+            first += n
+
+    @in_kernel
+    def unpin(self, pin: Pin) -> None:
+        """End a pin, if it hasn't ended."""
+        if self._pins is not None:
+            self._pins.end(pin)
+
+    def pinned(self, first: int, end: int) -> list[Pin]:
+        """Return the pins of pages among [first, end)."""
+        return [] if self._pins is None else self._pins.overlapping(first, end)
+
+    def frame_of(self, page: int) -> int:
+        """Return the frame that the page table has for a page; -1: none."""
+        return self._frame[page] - 1
+
+    def _holding(self) -> Pins:
+        if self._pins is None:
+            self._pins = Pins(self)
+        return self._pins
+
     # ---- faults
 
     def _on_spans(self, first: int, end: int, write: bool, work: Callable[[int, int], object]) -> None:
@@ -160,7 +237,7 @@ class FileMapping(Mapping):
             inode.space.flag(first, end, PageFlag.DIRTY)
             kernel.writeback.dirtied(inode)
             return end
-        n, frames, _ = inode.get(first, end - first)
+        n, frames, _ = inode.get(first, end - first, _MKWRITE)
         if n:
             if states.storage_keys:
                 states.begin_writable(inode, first, n, frames)
@@ -185,15 +262,17 @@ class FileMapping(Mapping):
             stop = page + 1
             while stop < end and not self._frame[stop]:
                 stop += 1
-            look = self.inode.space.lookup if self._minor else self.inode.get
-            n, frames, _ = look(page, stop - page)
+            n, frames, _ = self._look(page, stop - page)
             if not n:
                 if page > first:
                     break  # reading it in may reclaim the ones before it: those first
                 self._read_around(page)
                 continue
             kernel.memmap.map(frames, 1, young=True)
-            if not self._minor:
+            if self._pins is not None:
+                self._pins.mapped(frames)
+                kernel.memmap.put(frames)
+            elif not self._minor:
                 self.inode.put(frames)
             for gfn, count, index in frames:
                 self._frame[index : index + count] = memoryview(array("I", range(gfn + 1, gfn + 1 + count)))
@@ -202,6 +281,13 @@ class FileMapping(Mapping):
             kernel.vmstat["pgfault"] += n
             page += n
         return page
+
+    def _look(self, page: int, count: int) -> tuple[int, Ranges, bool]:
+        if self._pins is not None:
+            return self.inode.hold(page, count, _MAP)
+        if self._minor:
+            return self.inode.space.lookup(page, count)
+        return self.inode.get(page, count, _MAP)
 
     @property
     def _minor(self) -> bool:
@@ -251,7 +337,7 @@ class FileMapping(Mapping):
         done = 0
         try:
             while done < len(frames):
-                n, sources, _ = inode.get(first + done, len(frames) - done)
+                n, sources, _ = inode.get(first + done, len(frames) - done, _COW)
                 if not n:
                     self._read_around(first + done)
                     continue
@@ -301,6 +387,8 @@ class FileMapping(Mapping):
         for page in range(first, end):
             if self._cached[page]:
                 gone.add(self._frame[page] - 1, 1, 0)
+                if self._pins is not None:
+                    self._pins.unmapped(self._frame[page] - 1, page)
                 self._cached[page] = 0
                 self._frame[page] = 0
         if len(gone):
@@ -313,7 +401,10 @@ class FileMapping(Mapping):
 
     @in_kernel
     def munmap(self, offset: int | str = 0, length: int | str | None = None) -> None:
-        """Unmap all, or a part."""
+        """Unmap all, or a part; what is pinned of it isn't any more."""
+        first, end = self._span(offset, length, whole=False)
+        for pin in self.pinned(first, end):
+            self.unpin(pin)
         super().munmap(offset, length)
         if not self._mapped and self in self.inode.mappings:
             self.inode.mappings.remove(self)

@@ -30,6 +30,7 @@ from emu.virtio.disk import DiskFile
 
 if TYPE_CHECKING:
     from emu.guest.kernel import GuestKernel
+    from emu.guest.pins import Pin
 
 __all__ = ["Inode"]
 
@@ -45,6 +46,9 @@ class Maps(Protocol):
 
     def unmap_file_pages(self, first: int, end: int, *, even_cows: bool = False, clean: bool = False) -> None:
         """Take pages [first, end) of the file out of the page table, where they are the cache's own, or all of them."""
+
+    def pinned(self, first: int, end: int) -> "list[Pin]":
+        """Return the pins of pages among [first, end)."""
 
 
 def _cut_at(ranges: Ranges, end: int) -> tuple[Ranges, list[tuple[int, int]]]:
@@ -133,6 +137,10 @@ class Inode:
         states = self._kernel.page_states
         if states is None or not states.gets:
             return self.space.lookup(first, count, how)
+        return self.hold(first, count, how)
+
+    def hold(self, first: int, count: int, how: int = 0) -> tuple[int, Ranges, bool]:
+        """The same with references always, for MemMap.put(): to keep the pages."""
         n, frames, marker, gone = self.space.get(first, count, how)
         if gone:
             self.forget_discarded(first + n)
@@ -425,6 +433,9 @@ class Inode:
         """Cut or extend it, here and on the disk (vfs truncate). Raises GuestIOError."""
         self._kernel.vfs.check_size(self, size)
         file = self.disk_file()
+        for mapping in self.mappings:
+            if mapping.pinned(self._pages(size), self.pages):
+                raise self.error(errno.EBUSY, f"truncating it to {size} bytes would cut off pinned pages", size)
         try:
             self._look_before_we_change(file)
             file.truncate(size)
@@ -464,7 +475,7 @@ class Inode:
         pages = self._pages(size)
         for mapping in self.mappings:
             mapping.unmap_file_pages(pages, self.pages, even_cows=True)
-        self._free(self.space.remove(pages, self.pages, Remove.TRUNCATE))
+        self._truncate_pages(pages, self.pages)
         self.space.resize(pages)
         self.size = size
         self._zero_tail()  # what a later extension must not bring back
@@ -479,7 +490,7 @@ class Inode:
 
     def drop(self) -> None:
         """Free all pages, dirty or not: nobody can reach the file any more (truncate_inode_pages_final)."""
-        self._free(self.space.remove(0, self.pages, Remove.TRUNCATE))
+        self._truncate_pages(0, self.pages)
         self._kernel.writeback.cleaned(self)
 
     def evict(self, index: int) -> int:
@@ -492,7 +503,7 @@ class Inode:
         """Take a page out whose content the host has taken: out of the page tables, too. It was clean."""
         for mapping in self.mappings:
             mapping.unmap_file_pages(index, index + 1, clean=True)
-        self._free(self.space.remove(index, index + 1, Remove.TRUNCATE))
+        self._truncate_pages(index, index + 1)
         if not self.space.nr_dirty:  # it was marked by a write that hadn't come to its store
             self._kernel.writeback.cleaned(self)
 
@@ -500,6 +511,12 @@ class Inode:
         """Take a page out of all page tables (try_to_unmap)."""
         for mapping in self.mappings:
             mapping.unmap_file_pages(index, index + 1)
+
+    def _truncate_pages(self, first: int, end: int) -> None:
+        for mapping in self.mappings:
+            for pin in mapping.pinned(first, end):
+                pin.unpin()
+        self._free(self.space.remove(first, end, Remove.TRUNCATE))
 
     def _free(self, frames: "array[int]") -> None:
         self._kernel.free_pages(runs_of(frames))
@@ -521,7 +538,7 @@ class Inode:
             return
         for mapping in self.mappings:
             mapping.unmap_file_pages(self._pages(size), self.pages, even_cows=True)
-        self._free(self.space.remove(0, self.pages, Remove.TRUNCATE))
+        self._truncate_pages(0, self.pages)
         self.disk_size, self.changed = size, changed
         self.space.resize(self._pages(size))
         self.size = size

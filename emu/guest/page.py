@@ -78,6 +78,11 @@ class Lookup(enum.IntFlag):
     READAHEAD = lib.EMU_LOOKUP_READAHEAD
     GET = lib.EMU_LOOKUP_GET
 
+    @staticmethod
+    def because(cause: int) -> int:
+        """Return what to add where pages are made stable for another cause than a lookup."""
+        return cause << lib.EMU_LOOKUP_WHY
+
 
 class Insert(enum.IntFlag):
     """How pages come into a space: dirty; about to be overwritten, so that it is no refault."""
@@ -253,6 +258,12 @@ class MemMap:
             lib.emu_pages_put(self.native, ffi.from_buffer(_RANGES, ranges.flat), len(ranges)), "a put without a get"
         )
 
+    def mlock(self, ranges: Ranges) -> None:
+        """Take one more reference to pages that are held, for put(), and put them where reclaim doesn't look."""
+        _check(
+            lib.emu_pages_mlock(self.native, ffi.from_buffer(_RANGES, ranges.flat), len(ranges)), "an mlock without a get"
+        )
+
     def writable(self, ranges: Ranges) -> None:
         """Pages that are held may be written through a page table from now on (page_mkwrite)."""
         _check(
@@ -338,6 +349,7 @@ class Space:
         """
         how |= _GET
         n = lib.emu_space_lookup(self._map, self.native, first, count, how, self._runs, _RUNS, self._nr_runs)
+        _check(n, "a lookup")
         return n & _COUNT, self._memmap.found(), n & _MARKER != 0, n & _GONE != 0
 
     def frame(self, index: int, how: Lookup | int) -> int:

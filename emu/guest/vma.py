@@ -150,6 +150,17 @@ class Mapping:
             lo, hi = max(page * FRAME_SIZE, start), min((page + count) * FRAME_SIZE, start + len(view))
             self._kernel.memory.write(gfn * FRAME_SIZE + lo % FRAME_SIZE, view[lo - start : hi - start])
 
+    @as_current
+    def mlock(self, offset: int | str = 0, length: int | str | None = None) -> None:
+        """Give every page its frame (mlock). The guest has no swap of its own: it stays until it is unmapped."""
+        first, end = self._span(offset, length)
+        self._populate(first, end)
+
+    @in_kernel
+    def munlock(self, offset: int | str = 0, length: int | str | None = None) -> None:
+        """Take that back."""
+        self._span(offset, length)
+
     # ---- giving back
 
     @in_kernel

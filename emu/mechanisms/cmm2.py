@@ -18,24 +18,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from emu.errors import BadValue
-from emu.frames import StealPolicy, Usage
+from emu.frames import StealPolicy
 from emu.guest.kernel import GuestKernel
 from emu.guest.page_states import PageStates, StatesSettings
 from emu.host.hypervisor import Hypervisor
 from emu.host.stealing import Stealing
 from emu.mechanisms.reporting import parse_yes
-from emu.observe.chain import GUEST_ARROWS, GUEST_CHAIN, Arrow
+from emu.observe.chain import GUEST_ARROWS, GUEST_CHAIN, STATES_ARROWS, Arrow
 from emu.observe.pagemap import Stage
 from emu.units import FRAME_SIZE, format_size, parse_duration, parse_size
 
 __all__ = ["Cmm2Light", "Cmm2Mechanism"]
 
-_ARROWS = (
-    *GUEST_ARROWS,
-    Arrow(Stage.FREE, Stage.HOST_OWNED, ("steal_unused",)),
-    Arrow(Stage.INACTIVE, Stage.DISCARDED, ("steal_volatile", "steal_potential")),
-    Arrow(Stage.DISCARDED, Stage.FREE, ("guest_pgdiscard_fault", "guest_pgdiscard_stable")),
-)
+_KINDS = ("unused", "volatile", "potential", "preserved")
 
 
 def _policy(text: str) -> StealPolicy:
@@ -76,8 +71,13 @@ class Cmm2Mechanism:
         "memory": lambda text: parse_size(text, "cmm2 memory"),
         "file": str,
     }
-    chain: ClassVar[tuple[Stage, ...]] = (*GUEST_CHAIN, Stage.DISCARDED)
-    arrows: ClassVar[tuple[Arrow, ...]] = _ARROWS
+    chain: ClassVar[tuple[Stage, ...]] = (
+        *GUEST_CHAIN[:-1],
+        Stage.VOLATILE,
+        Stage.DISCARDED,
+        Stage.FREE,
+    )
+    arrows: ClassVar[tuple[Arrow, ...]] = (*GUEST_ARROWS, *STATES_ARROWS)
 
     def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
         """Have the guest say what its pages are worth, and the host take what is over `max`."""
@@ -100,23 +100,17 @@ class Cmm2Mechanism:
             guest.page_states.end()
 
     def panel(self, guest: GuestKernel, host: Hypervisor) -> list[tuple[str, str]]:
-        """Frames by usage, what was taken, and what was said."""
+        """What was taken, of each kind, and what was said."""
         if guest.page_states is None:
             return [("states", "none")]
-        by_usage = dict.fromkeys(Usage, 0)
-        for (usage, _), frames in host.ram.usage_matrix().items():
-            by_usage[usage] += frames
-        stats = host.ram.stats()
-        stolen = sum(stats[f"steal_{kind}"] for kind in ("unused", "volatile", "potential", "preserved"))
+        stats, said = host.ram.stats(), host.ram.transitions()
+        took = {kind: format_size(stats[f"steal_{kind}"] * FRAME_SIZE) for kind in _KINDS}
         return [
-            ("max", "-" if self.max is None else format_size(self.max)),
-            ("S, U", ", ".join(format_size(by_usage[u] * FRAME_SIZE) for u in (Usage.STABLE, Usage.UNUSED))),
-            (
-                "V, P",
-                ", ".join(format_size(by_usage[u] * FRAME_SIZE) for u in (Usage.VOLATILE, Usage.POTENTIALLY_VOLATILE)),
-            ),
-            ("stolen", format_size(stolen * FRAME_SIZE)),
-            ("said", f"{host.ram.transitions().total:,}"),
+            ("max, by", f"{'-' if self.max is None else format_size(self.max)}, {self.policy.name.lower()}"),
+            ("stolen U", took["unused"]),
+            ("V", took["volatile"]),
+            ("P, kept", f"{took['potential']}, {took['preserved']}"),
+            ("said, gone", f"{said.total:,}, {sum(said.gone.values()):,}"),
         ]
 
     def pending(self, guest: GuestKernel) -> bool:

@@ -16,7 +16,17 @@ from dataclasses import dataclass
 
 from emu.observe.pagemap import Stage
 
-__all__ = ["ASIDE_ARROWS", "GUEST_ARROWS", "GUEST_CHAIN", "RETURN_ARROWS", "SWAP_ARROWS", "Arrow", "Flow", "flows"]
+__all__ = [
+    "ASIDE_ARROWS",
+    "GUEST_ARROWS",
+    "GUEST_CHAIN",
+    "RETURN_ARROWS",
+    "STATES_ARROWS",
+    "SWAP_ARROWS",
+    "Arrow",
+    "Flow",
+    "flows",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +94,16 @@ ASIDE_ARROWS = (
 SWAP_ARROWS = (
     Arrow(Stage.ANONYMOUS, Stage.SWAPPED, ("swap_out_frames",)),
     Arrow(Stage.SWAPPED, Stage.ANONYMOUS, ("swap_in_frames",)),
+)
+
+#: what the guest says of its pages (potentially volatile is volatile here), and what the host takes by it
+STATES_ARROWS = (
+    Arrow(Stage.INACTIVE, Stage.VOLATILE, ("usage_s_v", "usage_s_p")),
+    Arrow(Stage.VOLATILE, Stage.INACTIVE, ("usage_v_s", "usage_p_s"), ("usage_gone",)),
+    Arrow(Stage.VOLATILE, Stage.DISCARDED, ("steal_volatile", "steal_potential")),
+    Arrow(Stage.VOLATILE, Stage.SWAPPED, ("steal_preserved",)),
+    Arrow(Stage.FREE, Stage.HOST_OWNED, ("steal_unused",)),
+    Arrow(Stage.DISCARDED, Stage.FREE, ("guest_pgdiscard_fault", "guest_pgdiscard_stable")),
 )
 
 

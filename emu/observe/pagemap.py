@@ -37,6 +37,7 @@ class Stage(enum.IntEnum):
     ASIDE = 15  # taken out of the guest and kept: not in its RSS, but in the footprint
     SWAPPED = 16  # its content is in the store
     DISCARDED = 17  # in the guest's cache, and taken by the host: the next access is a discard fault
+    VOLATILE = 18  # clean cache in memory that the guest lets the host take (CMM2)
 
 
 #: as people call them
@@ -59,6 +60,7 @@ LABELS = {
     Stage.ASIDE: "aside",
     Stage.SWAPPED: "swapped",
     Stage.DISCARDED: "discarded",
+    Stage.VOLATILE: "volatile",
 }
 
 #: stages whose frames are resident
@@ -105,8 +107,15 @@ def _stage(owner: Owner, state: FrameState) -> Stage:
     return Stage.LAZY if state is FrameState.LAZY and owner is not Owner.PCP else _FREE[owner]
 
 
-# [owner][state]
-_STAGE = [[_stage(owner, state) for state in FrameState] for owner in Owner]
+# [owner][state]; and where the guest calls what is in memory volatile. No other owner's frames are called so, but by a
+# guest that lies.
+_STAGE = [
+    [
+        *(_stage(owner, state) for state in FrameState),
+        Stage.VOLATILE if owner in _USED else _stage(owner, FrameState.RESIDENT),
+    ]
+    for owner in Owner
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +142,7 @@ def take_page_map(guest: GuestKernel, ram: GuestRam, cells: int = 1) -> PageMap:
     """Count all frames by cell: a step in C for eight frames, or a block that nobody has touched."""
     size = cell_frames(ram.frames, cells)
     flat = ram.tally(guest.memmap.native, guest.listed_frames(), size)
-    per_cell = len(Owner) * len(FrameState)
+    per_cell = sum(map(len, _STAGE))
     order = [stage for row in _STAGE for stage in row]
     counted = []
     for at in range(0, len(flat), per_cell):

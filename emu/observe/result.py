@@ -42,6 +42,8 @@ class Phase:
     #: bytes by stage; and along each arrow since the machine started: from, to, bytes
     stages: dict[str, int]
     flows_since_start: tuple[dict[str, Any], ...]
+    #: frames by what the guest says of them (S, U, P, V) and what the host holds (r, p, z); None: nothing is said
+    usages: dict[str, dict[str, int]] | None
 
     @classmethod
     def of(cls, name: str, s: Snapshot) -> "Phase":
@@ -67,6 +69,7 @@ class Phase:
             flows_since_start=tuple(
                 {"from": LABELS[f.source], "to": LABELS[f.target], "bytes": f.frames * FRAME_SIZE} for f in s.flows
             ),
+            usages=None if s.usages is None else s.usages.as_json(),
         )
 
     @property

@@ -13,6 +13,7 @@ from emu.histogram import Histogram
 from emu.host.hypervisor import Hypervisor
 from emu.observe.chain import Arrow, Flow, flows
 from emu.observe.pagemap import PageMap, Stage, take_page_map
+from emu.observe.usages import UsageView, take_usage_view
 from emu.observe.vmstat import read_vmstat
 from emu.units import FRAME_SIZE
 
@@ -76,6 +77,8 @@ class Snapshot:
     free_area: tuple[int, ...]
     reported_area: tuple[int, ...]
     reporting: ReportingView | None
+    #: what the guest says of its frames; None: nothing
+    usages: UsageView | None
     #: the mechanism's own lines for a viewer: label, text
     panel: tuple[tuple[str, str], ...]
     write_faults: FaultView
@@ -119,7 +122,8 @@ def take_snapshot(
     costs what GuestRam.look() does, or, exact, a walk of smaps over all that the process has mapped.
     """
     ram = host.ram
-    counters = read_vmstat(guest, host)
+    usages = take_usage_view(ram)
+    counters = read_vmstat(guest, host, usages)
     if exact:
         smaps = ram.smaps()
         rss, lazyfree, rss_exact = smaps.rss, smaps.lazyfree, True
@@ -164,6 +168,7 @@ def take_snapshot(
             reported_bytes=reporting.reported_frames * FRAME_SIZE,
             unreported_bytes=reporting.unreported_frames * FRAME_SIZE,
         ),
+        usages=usages,
         panel=tuple(panel),
         write_faults=FaultView.of("write", service, placement, ram.latency(write=True)),
         read_faults=FaultView.of("read", service, placement, ram.latency(write=False)),

@@ -3,6 +3,7 @@
 from emu.guest.kernel import GuestKernel
 from emu.guest.page import Lru, Owner
 from emu.host.hypervisor import Hypervisor
+from emu.observe.usages import UsageView
 
 __all__ = ["read_vmstat"]
 
@@ -17,12 +18,13 @@ _DISK = (
 )
 
 
-def read_vmstat(guest: GuestKernel, host: Hypervisor) -> dict[str, int]:
+def read_vmstat(guest: GuestKernel, host: Hypervisor, usages: UsageView | None = None) -> dict[str, int]:
     """Return all counters. The guest's start with guest_ where the core has one of the same name.
 
     nr_* are frames by state, guest_nr_* pages by list; the others count up. report_pages are frames reported,
     discard_frames frames that held memory when they were discarded; moved_a_b are frames that went from one owner to
-    another; disk_*_bytes are bytes that went to or from the disks.
+    another; usage_a_b frames of which the guest has said something else (CMM2; with `usages`); disk_*_bytes are bytes
+    that went to or from the disks.
     """
     counters = {f"guest_{name}": value for name, value in guest.vmstat.items()}
     memmap = guest.memmap
@@ -31,7 +33,7 @@ def read_vmstat(guest: GuestKernel, host: Hypervisor) -> dict[str, int]:
     counters["guest_nr_dirty"] = memmap.count(Owner.DIRTY)
     counters["guest_nr_writeback"] = memmap.count(Owner.WRITEBACK)
     counters["guest_nr_mapped"] = int(stats.nr_mapped)
-    for name in ("pgactivate", "pgdeactivate", "pgrefill", "pgrotated"):
+    for name in ("pgaccess", "pgactivate", "pgdeactivate", "pgrefill", "pgrotated"):
         counters[f"guest_{name}"] = int(getattr(stats, name))
     counters |= {f"moved_{a.name}_{b.name}".lower(): n for (a, b), n in memmap.moved().items()}
     for name in ("refault", "activate", "restore"):
@@ -51,4 +53,6 @@ def read_vmstat(guest: GuestKernel, host: Hypervisor) -> dict[str, int]:
         for name, value in disk.counters.items():
             counters[name] = counters.get(name, 0) + value
     counters |= host.ram.stats()
+    if usages is not None:
+        counters |= usages.counters
     return counters

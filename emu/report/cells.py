@@ -34,6 +34,7 @@ LEGEND: dict[Stage, tuple[str, str, str]] = {
     Stage.HINTED: ("H", "bright_magenta", "hinted"),
     Stage.INFLATED: ("O", "bright_yellow", "in the balloon, resident"),
     Stage.BALLOONED: ("o", "dim yellow", "in the balloon"),
+    Stage.VOLATILE: ("V", "bold cyan", "volatile"),
     Stage.LOST: ("X", "bold red", "lost"),
     Stage.ASIDE: ("a", "bright_white", "set aside"),
     Stage.SWAPPED: ("s", "white", "swapped"),

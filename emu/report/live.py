@@ -14,6 +14,7 @@ from rich.text import Text
 
 from emu.observe.pagemap import LABELS, Stage
 from emu.observe.snapshot import Snapshot
+from emu.observe.usages import LETTERS
 from emu.report.cells import Cell, legend, map_rows
 from emu.report.curves import Series, plot
 from emu.units import format_size, mib_text, seconds_text
@@ -23,6 +24,7 @@ __all__ = ["MINUTE", "LiveState", "Sample", "compose", "map_cells", "plain_line"
 MINUTE = 60.0  # guest seconds that the curves show
 _RATE_OVER = 2.0  # guest seconds
 _FIXED = 14  # lines that are neither map nor events
+_FOUR_PANELS = 104  # columns
 
 KEYS = "q quit  space pause  +/- speed  s one pass  m mechanism  ? help"
 HELP = """\
@@ -41,6 +43,9 @@ asked where something may have changed, and in rotation elsewhere.
 Under the map: the stages in the order in which memory goes, and what went
 from one to the next (and to others, in the line below), MiB a guest second.
 flagged: free memory with the Reported flag, which lasts until it is used.
+States (CMM2): what the guest says (Stable, Unused, Potentially volatile,
+Volatile) by what the host holds (r in memory, p stored, z nothing); /s:
+frames that the guest has said it of, a guest second.
 books: RSS minus what our frame states say. It must be 0.
 Rates are per guest second, over the last two. Latencies are of one fault
 in eight, as the faulting vCPU saw it.
@@ -61,6 +66,8 @@ class Sample:
     returned: int
     #: frames that have gone along each arrow of the chain
     flows: tuple[int, ...] = ()
+    #: transitions to each usage, in the order of LETTERS (CMM2)
+    said: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, s: Snapshot) -> "Sample":
@@ -74,6 +81,7 @@ class Sample:
             counters.get("reports", 0),
             counters["discard_frames"] * 4096,
             tuple(flow.frames for flow in s.flows),
+            () if s.usages is None else tuple(s.usages.said(usage) for usage in LETTERS),
         )
 
 
@@ -136,6 +144,7 @@ class LiveState:
             tuple(per_second(new, old) for new, old in zip(last.flows, first.flows, strict=False))
             if len(last.flows) == len(first.flows)
             else (),
+            tuple(per_second(new, old) for new, old in zip(last.said, first.said, strict=False)),
         )
 
 
@@ -292,6 +301,30 @@ def _blocks(s: Snapshot) -> list[tuple[str, str]]:
     ]
 
 
+def _four(value: float, thousand: int, units: str) -> str:
+    # a number in four places
+    unit = ""
+    for name in units:
+        if value < thousand - 0.5:
+            break
+        value, unit = value / thousand, name
+    return f"{value:.1f}{unit}" if unit and value < 9.95 else f"{value:.0f}{unit}"
+
+
+def _states(state: LiveState, s: Snapshot) -> list[tuple[str, str]]:
+    # Guest's states by host's, and how many frames a guest second go into each of the guest's. The narrowest panel
+    # is 24 wide.
+    assert s.usages is not None
+    rates = state.rates()
+    rows = [(" ", "".join(f"{head:>5}" for head in ("r", "p", "z", "/s")))]
+    for i, (usage, letter) in enumerate(LETTERS.items()):
+        said = "-" if rates is None or len(rates.said) != len(LETTERS) else _four(rates.said[i], 1000, "kMG")
+        cells = [_four(frames * 4, 1024, "MGT") if frames else "0" for frames in s.usages.frames[usage]]
+        cells = [text if text == "0" or text[-1] in "MGT" else f"{text}K" for text in cells]
+        rows.append((letter, "".join(f"{text:>5}" for text in (*cells, said))))
+    return rows
+
+
 #: on the chain's line there is room for short names only
 _SHORT_LABELS = {
     Stage.ANONYMOUS: "anon",
@@ -301,6 +334,8 @@ _SHORT_LABELS = {
     Stage.PCP: "pcp",
     Stage.HOST_OWNED: "host",
     Stage.BALLOONED: "balloon",
+    Stage.VOLATILE: "vol",
+    Stage.DISCARDED: "disc",
 }
 
 
@@ -394,20 +429,19 @@ def compose(state: LiveState, width: int, height: int) -> list[Text]:
             parts += [(f" {char}", style), (f" {what} ", "dim")]
         lines.append(_line(parts))
         lines += _chain(state, s)
-        third = width * 27 // 80
-        columns = [(width * 29 // 80, s.panel), (third, _rates(state, s))]
-        columns.append((width - sum(w for w, _ in columns), _blocks(s)))
-        lines.append(
-            _rule(
-                [
-                    (1, f"mechanism: {s.mechanism}"),
-                    (columns[0][0], "by guest time"),
-                    (columns[0][0] + third, "free blocks, MiB"),
-                ],
-                width,
-                state,
-            )
-        )
+        panels = [(f"mechanism: {s.mechanism}", s.panel), ("by guest time", _rates(state, s))]
+        if s.usages is not None:
+            panels.append(("states, and said", _states(state, s)))
+        if s.usages is None or width >= _FOUR_PANELS:
+            panels.append(("free blocks, MiB", _blocks(s)))
+        shares = [29, 27, 24, 24][: len(panels)]
+        columns, at, heads = [], 0, []
+        for (head, rows_), share in zip(panels, shares, strict=True):
+            wide = width * share // sum(shares)
+            heads.append((max(at, 1), head))
+            columns.append((wide if len(columns) < len(panels) - 1 else width - at, rows_))
+            at += wide
+        lines.append(_rule(heads, width, state))
         lines += _panels(columns, 5)
         share = state.looked_seconds / state.run_seconds * 100 if state.run_seconds else 0.0
         cost = f"watching: {state.look_seconds * 1e3:.1f} ms a look, {share:.1f} % of the run, no guest time"

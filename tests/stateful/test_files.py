@@ -8,6 +8,7 @@ import contextlib
 import shutil
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from emu.clock import StepClock
-from emu.errors import GuestError, OutOfMemory
+from emu.errors import GuestError, GuestIOError, OutOfMemory
 from emu.frames import StealPolicy
 from emu.guest.page import Lru, Owner
+from emu.guest.pins import Pin
 from emu.machine import Machine
 from emu.observe.pagemap import RESIDENT
 
@@ -58,6 +60,11 @@ class Mapped:
         self.own = {}
 
 
+class Pinned(NamedTuple):
+    mapped: Mapped
+    pin: Pin
+
+
 class Files(RuleBasedStateMachine):
     uffd = "auto"
 
@@ -74,6 +81,7 @@ class Files(RuleBasedStateMachine):
         self.m = Machine("28MiB", mechanism, disk=self.folder, clock=StepClock(), uffd=self.uffd)
         self.open = {}
         self.mapped = []
+        self.pins = []
         self.tick = 0
 
     def teardown(self):
@@ -117,6 +125,10 @@ class Files(RuleBasedStateMachine):
 
     @rule(name=names, size=offsets)
     def truncate(self, name, size):
+        if any(p.mapped.name == name and p.pin.first + p.pin.pages > -(-size // PAGE) for p in self.pins):
+            with pytest.raises(GuestIOError, match="pinned"):
+                self.file(name).truncate(size)
+            return
         self.file(name).truncate(size)
         content = self.model[name]
         del content[size:]
@@ -206,6 +218,7 @@ class Files(RuleBasedStateMachine):
         # a mapping in an unknown state: its process ends, and a shared one's file is read from the guest anew
         mapped.mapping.process.exit()
         self.mapped.remove(mapped)
+        self.pins = [p for p in self.pins if p.mapped is not mapped]
         if mapped.shared:
             file = self.file(mapped.name)
             self.model[mapped.name] = bytearray(file.read(0, file.size))
@@ -215,6 +228,40 @@ class Files(RuleBasedStateMachine):
     def exit(self, which):
         mapped = self.mapped.pop(which % len(self.mapped))
         mapped.mapping.process.exit()
+        self.pins = [p for p in self.pins if p.mapped is not mapped]
+
+    @precondition(lambda self: self.mapped)
+    @rule(which=st.integers(0, 2), first=st.integers(0, 800), count=st.integers(1, 40),
+          what=st.sampled_from(["mlock", "munlock", "pin"]))  # fmt: skip
+    def hold(self, which, first, count, what):
+        mapped = self.mapped[which % len(self.mapped)]
+        end = min(mapped.mapping.pages, -(-len(self.model[mapped.name]) // PAGE))
+        if not end:
+            return
+        first %= end
+        count = min(count, end - first)
+        try:
+            if what == "pin":
+                self.pins.append(Pinned(mapped, mapped.mapping.pin(first * PAGE, count * PAGE)))
+            else:
+                getattr(mapped.mapping, what)(first * PAGE, count * PAGE)
+        except OutOfMemory:
+            self.forget(mapped)
+
+    @precondition(lambda self: self.pins)
+    @rule(which=st.integers(0, 5))
+    def unpin(self, which):
+        self.pins.pop(which % len(self.pins)).pin.unpin()
+
+    @precondition(lambda self: self.pins)
+    @rule()
+    def a_device_reads_what_is_pinned(self):
+        # from the frames, past the guest: they are the file's pages, wherever the rest of it has gone
+        for mapped, pin in self.pins:
+            content = self.model[mapped.name]
+            for gfn, n, page in pin.frames:
+                wanted = bytes(content[page * PAGE : (page + n) * PAGE])
+                assert self.m.ram.read(gfn * PAGE, n * PAGE)[: len(wanted)] == wanted
 
     # ---- memory
 
@@ -287,7 +334,8 @@ class Files(RuleBasedStateMachine):
         assert parts == guest.ram_bytes
         memmap = guest.memmap
         cached = sum(memmap.count(owner) for owner in (Owner.ACTIVE, Owner.INACTIVE, Owner.DIRTY, Owner.WRITEBACK))
-        assert cached == memmap.nr(Lru.ACTIVE_FILE) + memmap.nr(Lru.INACTIVE_FILE)
+        mlocked = memmap.nr(Lru.UNEVICTABLE) - memmap.count(Owner.SHMEM)
+        assert cached == memmap.nr(Lru.ACTIVE_FILE) + memmap.nr(Lru.INACTIVE_FILE) + mlocked
         assert cached == sum(inode.space.nr_pages for inode in guest.vfs.inodes.values())
         assert memmap.count(Owner.ANON) == sum(
             mapping.present - sum(bytes(getattr(mapping, "_cached", b"")))

@@ -72,7 +72,7 @@ static int a_tally_counts_every_frame_once(void)
 	const struct emu_range used = { 100, 600, 0 }, listed[] = { { 700, 1, PCP }, { 1299, 1, PCP } };
 	const struct emu_range overlapping[] = { { 5, 2, ANON }, { 6, 1, ANON } };
 	const struct emu_range nobodys = { 5, 2, EMU_NR_OWNERS }, outside = { 1299, 2, ANON }, over = { 690, 20, SHMEM };
-	uint32_t n[3][EMU_NR_OWNERS][EMU_NR_STATES] = { 0 }, all = 0;
+	uint32_t n[3][EMU_NR_OWNERS][EMU_NR_TALLIES] = { 0 }, all = 0;
 	struct emu_memmap *m, *other;
 
 	CHECK_EQ(emu_memmap_create(1300, &m), 0);

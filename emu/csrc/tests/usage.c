@@ -202,6 +202,48 @@ static int pairs_that_dont_exist(void)
 	return 0;
 }
 
+static int one(struct rig *rig, uint64_t gfn, int usage, int cause)
+{
+	return emu_usage_one(&(struct emu_sayer){ rig->r, &gfn, usage, cause });
+}
+
+/* One frame a call: what came of it, and what is refused at the door. */
+static int one_by_one(void)
+{
+	struct rig *rig, *silent = rig_open(FRAMES, EMU_SERVICE_OFF, 1, 0);
+	struct emu_usage_counts counts;
+	int fd;
+
+	CHECK_EQ(one(silent, 0, EMU_UNUSED, EMU_CAUSE_FREE), -EOPNOTSUPP);
+	rig_close(silent);
+	rig = open_nth(0, &fd);
+	if (!rig)
+		return SKIPPED;
+	fill(rig, 5, 1);
+	CHECK_EQ(one(rig, 5, EMU_VOLATILE, EMU_CAUSE_PUT), EMU_SAID);
+	CHECK_EQ(one(rig, 5, EMU_VOLATILE, EMU_CAUSE_PUT), EMU_SAID_ALREADY);
+	CHECK_EQ(emu_steal(rig->r, AT(5, 1), EMU_VOLATILE), 1);
+	CHECK_EQ(one(rig, 5, EMU_STABLE, EMU_CAUSE_LOOKUP), EMU_SAID_GONE);
+	CHECK_EQ(one(rig, 5, EMU_STABLE, EMU_CAUSE_LOOKUP), EMU_SAID_ALREADY);
+	CHECK_EQ(one(rig, FRAMES, EMU_STABLE, EMU_CAUSE_LOOKUP), -ERANGE);
+	CHECK_EQ(one(rig, 5, EMU_NR_USAGES, EMU_CAUSE_LOOKUP), -EINVAL);
+	CHECK_EQ(one(rig, 5, EMU_STABLE, EMU_NR_CAUSES), -EINVAL);
+	atomic_store(&rig->r->state[7], (uint8_t)(EMU_UNUSED << EMU_USAGE_SHIFT) | EMU_PRESERVED); /* no legal pair */
+	CHECK_EQ(one(rig, 7, EMU_STABLE, EMU_CAUSE_LOOKUP), EMU_SAID_REFUSED);
+	atomic_store(&rig->r->state[7], EMU_ZERO);
+	CHECK_EQ(emu_usage_counts(rig->r, &counts), 0);
+	CHECK_EQ(counts.moved[EMU_CAUSE_PUT][EMU_STABLE][EMU_VOLATILE], 1);
+	CHECK_EQ(counts.moved[EMU_CAUSE_LOOKUP][EMU_VOLATILE][EMU_STABLE], 1);
+	CHECK_EQ(counts.gone[EMU_CAUSE_LOOKUP], 1);
+	CHECK_EQ(counts.refused[EMU_CAUSE_LOOKUP][EMU_STABLE], 1);
+	emu_region_forked(rig->r);
+	CHECK_EQ(one(rig, 5, EMU_STABLE, EMU_CAUSE_LOOKUP), -ESHUTDOWN);
+	atomic_store(&rig->r->closed, 0);
+	rig_close(rig);
+	close(fd);
+	return 0;
+}
+
 /* Runs across words, single frames, and frames by number say the same, and are counted alike. */
 static int batches(void)
 {
@@ -433,6 +475,7 @@ static int race_wp(void)
 const struct test usage_tests[] = {
 	{ "usage: every pair and every operation", every_pair_and_every_operation },
 	{ "usage: pairs that don't exist", pairs_that_dont_exist },
+	{ "usage: one frame a call", one_by_one },
 	{ "usage: batches", batches },
 	{ "usage: the order of stealing", the_order },
 	{ "usage: race, move, inline", race_inline },
