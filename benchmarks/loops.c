@@ -18,6 +18,7 @@ void touch_write_ahead(uint8_t *p, uint64_t pages);
 void touch_read(const uint8_t *p, uint64_t pages);
 void touch_list(const uint8_t *p, const uint64_t *pages, size_t n);
 int discard(uint8_t *p, const uint64_t *ranges, size_t n);
+void exchange(uint8_t *bytes, const uint32_t *at, size_t n, uint8_t value);
 
 void touch_write(uint8_t *p, uint64_t pages)
 {
@@ -53,4 +54,11 @@ int discard(uint8_t *p, const uint64_t *ranges, size_t n)
 		if (madvise(p + ranges[3 * i] * PAGE, ranges[3 * i + 1] * PAGE, MADV_DONTNEED))
 			return errno;
 	return 0;
+}
+
+/* An atomic exchange of the bytes at these places: what a transition can't be cheaper than. */
+void exchange(uint8_t *bytes, const uint32_t *at, size_t n, uint8_t value)
+{
+	for (size_t i = 0; i < n; i++)
+		__atomic_exchange_n(bytes + at[i], value, __ATOMIC_ACQ_REL);
 }

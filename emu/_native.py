@@ -400,11 +400,25 @@ class Region:
         if self._cell[0] != ffi.NULL:
             lib.emu_region_forked(self._cell[0])
 
+    def say_frames(self, gfns: "array[int]", usage: int, cause: int) -> "tuple[int, array[int]]":
+        if gfns.typecode != "I":
+            raise BadValue(f"frame numbers come as array('I'), not {gfns.typecode!r}")
+        gone = array("Q", bytes(8 * len(gfns))) if usage == lib.EMU_STABLE else array("Q")
+        n = ffi.new("size_t *")
+        with ffi.from_buffer("uint32_t[]", gfns) as flat, ffi.from_buffer("uint64_t[]", gone) as into:
+            changed = self._call(lib.emu_usage_set_frames, flat, len(gfns), usage, cause, into, len(gone), n)
+        if changed < 0:
+            raise self._failed(changed, None)
+        return int(changed), gone[: n[0]]
+
+    @property
+    def bytes_address(self) -> int:
+        self.check()
+        return int(ffi.cast("uintptr_t", lib.emu_region_bytes(self._cell[0])))
+
     def sayer(self, gfn: "array[int]", usage: int, cause: int) -> "functools.partial[int]":
         at = ffi.from_buffer("uint64_t[]", gfn)
-        call = functools.partial(
-            lib.emu_usage_one, ffi.new("struct emu_sayer *", (self._cell[0], at, usage, cause))
-        )
+        call = functools.partial(lib.emu_usage_one, ffi.new("struct emu_sayer *", (self._cell[0], at, usage, cause)))
         call.keep = (self, at)  # type: ignore[attr-defined]  # for as long as it can be called
         return call
 

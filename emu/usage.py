@@ -78,6 +78,15 @@ class Usages:
         batch.check(self.frames, disjoint=False)
         return self._core.say(batch, usage, cause)
 
+    def say_frames(self, gfns: "array[int]", usage: Usage, cause: Cause = Cause.OTHER) -> "tuple[int, array[int]]":
+        """Say a usage of frames by number (an array of "I"): as say(), for frames of no order."""
+        return self._core.say_frames(gfns, usage, cause)
+
+    @property
+    def bytes_address(self) -> int:
+        """Where the frames' bytes are, for who measures. Whoever writes there breaks the books."""
+        return self._core.bytes_address
+
     def sayer(self, usage: Usage, cause: Cause = Cause.OTHER) -> "Sayer":
         """Return what says this usage of one frame at a time, for who can't batch."""
         gfn = array("Q", [0])

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
 
+from emu.bench.prices import measure_prices
 from emu.cli.command import again
 from emu.cli.output import Output
 from emu.errors import BadValue, EmuError
@@ -31,6 +33,19 @@ def _run(words: list[str], mechanism: str) -> dict[str, Any]:
         raise EmuError(f"the run under {mechanism} ended with {done.returncode}: {done.stderr.strip()}") from None
     result["label"] = mechanism
     return result
+
+
+def _price(rows: list[dict[str, Any]]) -> dict[str, float] | None:
+    # what the transitions of each run would be of the native time of its reads, faults and frees: measured now
+    said = [row for row in rows if row["counters"].get("usage_said")]
+    if not said:
+        return None
+    prices = measure_prices()
+    for row in said:
+        native = prices.native(row["counters"])
+        by_hooks = row["counters"]["usage_said"] - row["counters"].get("said_other", 0)
+        row["said_share"] = by_hooks * prices.transition / native if native else None
+    return asdict(prices)
 
 
 def compare(
@@ -68,10 +83,11 @@ def compare(
         for i, text in enumerate(chosen, start=1):
             line.update(f"{i} of {len(chosen)}: {workload} under {text}")
             rows.append(_run([workload, *words], text))
+    prices = _price(rows)
     if as_json:
-        print(json.dumps({"schema": SCHEMA, "command": again(), "rows": rows}, indent=2))
+        print(json.dumps({"schema": SCHEMA, "command": again(), "prices": prices, "rows": rows}, indent=2))
     else:
-        print_compare(rows, again(), Output())
+        print_compare(rows, again(), Output(), prices)
     wrong = {row["label"]: row["corrupt_frames"] for row in rows if row["corrupt_frames"]}
     failed = [row["label"] for row in rows if row["error"]]
     if failed:

@@ -267,7 +267,13 @@ def cache(
 
 @app.command
 def grep(
-    *, path: str, pattern: str = "include", passes: Whole = 1, hold: str = "60s", common: Common | None = None
+    *,
+    path: str,
+    pattern: str = "include",
+    passes: Whole = 1,
+    hold: str = "60s",
+    memory: Size = "0",
+    common: Common | None = None,
 ) -> int:
     """Search every file of a tree for a text; the matches are compared with those in the files themselves.
 
@@ -281,9 +287,11 @@ def grep(
         How often.
     hold
         Guest time to wait at the end.
+    memory
+        Anonymous memory that the guest holds besides.
     """
     common = common or Common()
-    return _finish(_run(Grep(path, pattern, passes, hold), common), common)
+    return _finish(_run(Grep(path, pattern, passes, hold, memory=memory, seed=common.seed), common), common)
 
 
 @app.command
@@ -292,6 +300,7 @@ def build(
     path: str | None = None,
     jobs: Whole = 100,
     memory: Size = "32MiB",
+    program: Size = "0",
     hold: str = "60s",
     common: Common | None = None,
 ) -> int:
@@ -305,11 +314,13 @@ def build(
         How many processes.
     memory
         Anonymous memory of the largest.
+    program
+        Bytes of the compiler, which each process maps and runs through once; 0: none.
     hold
         Guest time to wait after the link, and after clean.
     """
     common = common or Common()
-    return _finish(_run(Build(path, jobs, memory, hold=hold, seed=common.seed), common), common)
+    return _finish(_run(Build(path, jobs, memory, program=program, hold=hold, seed=common.seed), common), common)
 
 
 @app.command

@@ -374,6 +374,7 @@ struct emu_usage_tally {
 bool emu_usage_legal(uint8_t usage, uint8_t state);
 int emu_usage_enter(struct emu_region *r);
 enum emu_said emu_usage_say(struct emu_region *r, uint64_t gfn, int usage, struct emu_usage_tally *t);
+bool emu_usage_say8(struct emu_region *r, uint64_t gfn, uint8_t usage, struct emu_usage_tally *t);
 void emu_usage_count(struct emu_region *r, int cause, const struct emu_usage_tally *t);
 static inline int64_t emu_usage_changed(const struct emu_usage_tally *t)
 {

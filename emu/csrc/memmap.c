@@ -140,11 +140,11 @@ int emu_pages_release(struct emu_memmap *m, const struct emu_range *ranges, size
 			if (m->t.owner[ranges[i].gfn + k] && page_of(m, (uint32_t)(ranges[i].gfn + k))->space != NO_SPACE)
 				return -EBUSY;
 	emu_states_begin(m);
-	for (size_t i = 0; i < n; i++)
+	for (size_t i = 0; i < n; i++) {
+		emu_pages_freed(m, (uint32_t)ranges[i].gfn, ranges[i].count);
 		for (uint64_t k = 0; k < ranges[i].count; k++) {
 			uint32_t pfn = (uint32_t)(ranges[i].gfn + k);
 
-			emu_page_freed(m, pfn);
 			if (!m->t.owner[pfn])
 				continue; /* nobody's: its descriptor may never have been written, and stays so */
 			if (has(page_of(m, pfn), PG_LRU))
@@ -152,6 +152,7 @@ int emu_pages_release(struct emu_memmap *m, const struct emu_range *ranges, size
 			page_of(m, pfn)->flags = 0;
 			emu_page_own(m, pfn, EMU_OWNER_FREE);
 		}
+	}
 	emu_states_end(m);
 	return 0;
 }

@@ -93,7 +93,9 @@ bool emu_states_begin(struct emu_memmap *m);
 void emu_states_end(struct emu_memmap *m);
 void emu_page_make_volatile(struct emu_memmap *m, uint32_t pfn, int cause);
 bool emu_page_make_stable(struct emu_memmap *m, uint32_t pfn, int cause);
-void emu_page_freed(struct emu_memmap *m, uint32_t pfn);
+void emu_pages_make_volatile(struct emu_memmap *m, uint32_t pfn, uint64_t n, int cause);
+bool emu_pages_make_stable8(struct emu_memmap *m, uint32_t pfn, int cause);
+void emu_pages_freed(struct emu_memmap *m, uint32_t pfn, uint64_t n);
 
 /* lru.c */
 void emu_lru_add(struct emu_memmap *m, uint32_t pfn);

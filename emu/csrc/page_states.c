@@ -59,6 +59,26 @@ static enum emu_said say(struct emu_memmap *m, uint32_t pfn, int usage, int caus
 	return emu_usage_say(m->states.region, pfn, usage, &m->states.tally[cause]);
 }
 
+/* The same of eight frames at once, if they are alike and their numbers begin a word: for pages that lie in a row. */
+static bool say8(struct emu_memmap *m, uint32_t pfn, int usage, int cause)
+{
+	if (pfn % 8 || !emu_usage_say8(m->states.region, pfn, (uint8_t)usage, &m->states.tally[cause]))
+		return false;
+	m->states.said |= 1u << cause;
+	return true;
+}
+
+static void say_run(struct emu_memmap *m, uint32_t pfn, uint64_t n, int usage, int cause)
+{
+	for (const uint32_t end = pfn + (uint32_t)n; pfn < end;) {
+		if (end - pfn >= 8 && say8(m, pfn, usage, cause)) {
+			pfn += 8;
+			continue;
+		}
+		say(m, pfn++, usage, cause);
+	}
+}
+
 /* The eleven. The last one: the cache's reference and the page tables' are known, so any other is a pin. */
 static bool discardable(const struct emu_memmap *m, const struct emu_page *p)
 {
@@ -90,6 +110,34 @@ bool emu_page_make_stable(struct emu_memmap *m, uint32_t pfn, int cause)
 	if (say(m, pfn, EMU_STABLE, cause) == EMU_SAID_GONE)
 		p->flags |= EMU_PG_DISCARDED;
 	return !has(p, EMU_PG_DISCARDED);
+}
+
+/*
+ * The pages in frames [pfn, pfn + n), of which nobody knows more than of any other: so the next eight may go in one step, if
+ * each of them may.  Most reads are of pages in a row, and it costs a tenth of saying it eight times.
+ */
+void emu_pages_make_volatile(struct emu_memmap *m, uint32_t pfn, uint64_t n, int cause)
+{
+	const uint32_t end = pfn + (uint32_t)n;
+
+	if (!m->states.open || m->states.how & EMU_STATES_LIGHT)
+		return;
+	while (pfn < end) {
+		unsigned may = pfn % 8 || end - pfn < 8 ? 8 : 0;
+
+		while (may < 8 && discardable(m, page_of(m, pfn + may)) && !has(page_of(m, pfn + may), EMU_PG_WRITABLE))
+			may++;
+		if (may == 8 && !(pfn % 8) && end - pfn >= 8 && say8(m, pfn, EMU_VOLATILE, cause))
+			pfn += 8;
+		else
+			emu_page_make_volatile(m, pfn++, cause);
+	}
+}
+
+/* Eight pages in the frames from pfn on, if that is one step: then none of them is gone. */
+bool emu_pages_make_stable8(struct emu_memmap *m, uint32_t pfn, int cause)
+{
+	return m->states.open && !(m->states.how & EMU_STATES_LIGHT) && say8(m, pfn, EMU_STABLE, cause);
 }
 
 /* All pages as they are now: free ones are unused, and of the cache those that may be are volatile. */
@@ -142,17 +190,25 @@ int emu_pages_allocated(struct emu_memmap *m, const struct emu_range *ranges, si
 	if (!emu_states_begin(m))
 		return 0;
 	for (size_t i = 0; i < n; i++)
-		for (uint64_t k = 0; k < ranges[i].count; k++)
-			say(m, (uint32_t)(ranges[i].gfn + k), EMU_STABLE, EMU_CAUSE_ALLOC);
+		say_run(m, (uint32_t)ranges[i].gfn, ranges[i].count, EMU_STABLE, EMU_CAUSE_ALLOC);
 	emu_states_end(m);
 	return 0;
 }
 
-void emu_page_freed(struct emu_memmap *m, uint32_t pfn)
+void emu_pages_freed(struct emu_memmap *m, uint32_t pfn, uint64_t n)
 {
-	if (m->states.open) /* of one that the host has taken, a discard fault has told */
+	if (!m->states.open)
+		return;
+	for (const uint32_t end = pfn + (uint32_t)n; pfn < end;) {
+		if (end - pfn >= 8 && say8(m, pfn, EMU_UNUSED, EMU_CAUSE_FREE)) {
+			pfn += 8;
+			continue;
+		}
+		/* of one that the host has taken, a discard fault has told */
 		say(m, pfn, EMU_UNUSED,
 		    emu_state_load(m->states.region, pfn) == EMU_DISCARDED ? EMU_CAUSE_DISCARDED : EMU_CAUSE_FREE);
+		pfn++;
+	}
 }
 
 /* References that emu_space_lookup() took (EMU_LOOKUP_GET), or that pin pages, are dropped. */
@@ -169,11 +225,11 @@ int emu_pages_put(struct emu_memmap *m, const struct emu_range *ranges, size_t n
 		for (uint64_t k = 0; k < ranges[i].count; k++) {
 			const uint32_t pfn = (uint32_t)(ranges[i].gfn + k);
 
-			if (!--page_of(m, pfn)->pins) {
+			if (!--page_of(m, pfn)->pins)
 				emu_lru_putback(m, pfn);
-				emu_page_make_volatile(m, pfn, EMU_CAUSE_PUT);
-			}
 		}
+	for (size_t i = 0; i < n; i++) /* those that somebody else holds aren't discardable */
+		emu_pages_make_volatile(m, (uint32_t)ranges[i].gfn, ranges[i].count, EMU_CAUSE_PUT);
 	emu_states_end(m);
 	return 0;
 }

@@ -178,13 +178,24 @@ static bool append(struct emu_range *runs, size_t cap, size_t *n, uint32_t pfn, 
 	return true;
 }
 
+/* Whether eight pages from `index` on lie in the frames from pfn on. */
+static bool in_a_row(const struct emu_space *s, uint64_t index, uint64_t count, uint32_t pfn)
+{
+	if (pfn % 8 || count < 8 || s->nr_slots - index < 8)
+		return false;
+	for (uint32_t i = 1; i < 8; i++)
+		if (s->slot[index + i] != pfn + 1 + i)
+			return false;
+	return true;
+}
+
 int64_t emu_space_lookup(struct emu_memmap *m, struct emu_space *s, uint64_t first, uint64_t count, unsigned how,
                          struct emu_range *runs, size_t cap, size_t *nr_runs)
 {
 	const unsigned why = how >> EMU_LOOKUP_WHY;
 	const int cause = why ? (int)why : EMU_CAUSE_LOOKUP;
 	int64_t pfn, flags = 0;
-	uint64_t k = 0;
+	uint64_t k = 0, stable = 0; /* pages that are held, and that are stable */
 
 	*nr_runs = 0;
 	if (cause >= EMU_NR_CAUSES)
@@ -205,10 +216,15 @@ int64_t emu_space_lookup(struct emu_memmap *m, struct emu_space *s, uint64_t fir
 		if (runs && *nr_runs == cap && !joins(runs, *nr_runs, (uint32_t)pfn, first + k))
 			break;
 		if (how & EMU_LOOKUP_GET) {
-			if (!emu_page_make_stable(m, (uint32_t)pfn, cause)) {
+			if (k == stable && in_a_row(s, first + k, count - k, (uint32_t)pfn) &&
+			    emu_pages_make_stable8(m, (uint32_t)pfn, cause))
+				stable += 8;
+			if ((k == stable && !emu_page_make_stable(m, (uint32_t)pfn, cause)) ||
+			    has(page_of(m, (uint32_t)pfn), EMU_PG_DISCARDED)) {
 				flags |= EMU_LOOKUP_GONE;
 				break;
 			}
+			stable += k == stable;
 			page_of(m, (uint32_t)pfn)->pins++;
 		}
 		if (runs)
@@ -223,6 +239,8 @@ int64_t emu_space_lookup(struct emu_memmap *m, struct emu_space *s, uint64_t fir
 			break;
 		}
 	}
+	if (stable > k) /* one step too many */
+		emu_pages_make_volatile(m, (uint32_t)frame_at(s, first + k), stable - k, EMU_CAUSE_PUT);
 	emu_states_end(m);
 	if (how & EMU_LOOKUP_MARK)
 		m->stats.pgaccess += (int64_t)k;
@@ -265,8 +283,9 @@ int emu_space_insert(struct emu_memmap *m, struct emu_space *s, const struct emu
 				p->flags |= PG_PRIVATE;
 			emu_lru_add(m, pfn);
 			emu_page_classify(m, pfn);
-			emu_page_make_volatile(m, pfn, EMU_CAUSE_READ);
 		}
+	for (size_t i = 0; i < n; i++)
+		emu_pages_make_volatile(m, (uint32_t)ranges[i].gfn, ranges[i].count, EMU_CAUSE_READ);
 	emu_states_end(m);
 	return 0;
 }

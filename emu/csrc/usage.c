@@ -127,8 +127,8 @@ enum emu_said emu_usage_say(struct emu_region *r, uint64_t gfn, int usage, struc
 	return say(r, gfn, (uint8_t)usage, t);
 }
 
-/* Eight frames of one kind in one word, if they are, and need no more than that; the word's byte is `was`. */
-static bool say8(struct emu_region *r, uint64_t gfn, uint8_t usage, struct emu_usage_tally *t)
+/* Eight frames of one kind in one word and one compare-and-swap, if they are, and need no more than that. gfn: of 8. */
+bool emu_usage_say8(struct emu_region *r, uint64_t gfn, uint8_t usage, struct emu_usage_tally *t)
 {
 #if defined(__SANITIZE_THREAD__) /* which keeps its clocks by address: state.c */
 	(void)r, (void)gfn, (void)usage, (void)t;
@@ -220,7 +220,7 @@ int64_t emu_usage_set(struct emu_region *r, const struct emu_range *ranges, size
 		return err;
 	for (size_t i = 0; i < n; i++)
 		for (uint64_t gfn = ranges[i].gfn, last = gfn + ranges[i].count; gfn < last;) {
-			if (gfn % 8 == 0 && last - gfn >= 8 && say8(r, gfn, (uint8_t)usage, &t))
+			if (gfn % 8 == 0 && last - gfn >= 8 && emu_usage_say8(r, gfn, (uint8_t)usage, &t))
 				gfn += 8;
 			else
 				say_of(r, gfn++, usage, &t, &into);

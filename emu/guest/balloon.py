@@ -148,8 +148,11 @@ class BalloonDriver:
     def _fill(self, most: int) -> bool:
         # fill_balloon(): one request; False = out of puff
         most = min(most, PFNS_PER_REQUEST)
-        pfns = array("I")
-        for pfn, count, step in self._kernel.alloc_frames(most, owner=Owner.BALLOON, retry=False):
+        pfns, vmstat = array("I"), self._kernel.vmstat
+        scanned = vmstat["pgscan_kswapd"] + vmstat["pgscan_direct"]
+        runs = self._kernel.alloc_frames(most, owner=Owner.BALLOON, retry=False)
+        vmstat["balloon_scanned"] += vmstat["pgscan_kswapd"] + vmstat["pgscan_direct"] - scanned
+        for pfn, count, step in runs:
             pfns.extend(range(pfn, pfn + step * count, step))
         if pfns:
             self._queues.inflate(pfns)

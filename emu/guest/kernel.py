@@ -64,6 +64,7 @@ _VMSTAT = (
     "balloon_inflate",
     "balloon_deflate",
     "balloon_out_of_puff",
+    "balloon_scanned",  # pages that reclaim looked at to fill it
     "disk_file_shrunk",
     "disk_file_changed",
     "pgdiscard_fault",

@@ -81,7 +81,7 @@ class Lookup(enum.IntFlag):
     @staticmethod
     def because(cause: int) -> int:
         """Return what to add where pages are made stable for another cause than a lookup."""
-        return cause << lib.EMU_LOOKUP_WHY
+        return cause << int(lib.EMU_LOOKUP_WHY)
 
 
 class Insert(enum.IntFlag):
@@ -261,7 +261,8 @@ class MemMap:
     def mlock(self, ranges: Ranges) -> None:
         """Take one more reference to pages that are held, for put(), and put them where reclaim doesn't look."""
         _check(
-            lib.emu_pages_mlock(self.native, ffi.from_buffer(_RANGES, ranges.flat), len(ranges)), "an mlock without a get"
+            lib.emu_pages_mlock(self.native, ffi.from_buffer(_RANGES, ranges.flat), len(ranges)),
+            "an mlock without a get",
         )
 
     def writable(self, ranges: Ranges) -> None:

@@ -31,7 +31,7 @@ class PressureDriver:
     def __init__(self, kernel: "GuestKernel") -> None:
         self._kernel = kernel
         self.kernel_lock = kernel.kernel_lock
-        self.counters = dict.fromkeys(("epochs", "epoch_freed", "purges", "purge_freed"), 0)
+        self.counters = dict.fromkeys(("epochs", "epoch_scanned", "epoch_freed", "purges", "purge_freed"), 0)
         self._tick()
 
     def _tick(self) -> None:
@@ -49,8 +49,9 @@ class PressureDriver:
         kernel = self._kernel
         kernel.check_running()
         generations = min(int(age / _TICK) + 1, _OLDEST)
-        freed, _, _ = kernel.memmap.age(generations, generations, most=max(most // FRAME_SIZE, 1))
+        freed, scanned, _ = kernel.memmap.age(generations, generations, most=max(most // FRAME_SIZE, 1))
         self.counters["epochs"] += 1
+        self.counters["epoch_scanned"] += scanned
         self.counters["epoch_freed"] += len(freed)
         if freed:
             kernel.free_pages(runs_of(freed))

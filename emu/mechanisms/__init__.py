@@ -4,6 +4,7 @@ To add one, copy _template.py, and name it in MECHANISMS below.
 """
 
 import dataclasses
+import enum
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
@@ -97,4 +98,7 @@ def make_mechanism(text: str) -> Mechanism:
 def settings_of(mechanism: Mechanism) -> dict[str, Any]:
     """Return a mechanism's settings by name."""
     assert dataclasses.is_dataclass(mechanism)
-    return dataclasses.asdict(mechanism)
+    return {
+        name: value.name.lower() if isinstance(value, enum.Enum) else value
+        for name, value in dataclasses.asdict(mechanism).items()
+    }

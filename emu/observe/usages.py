@@ -46,13 +46,14 @@ class UsageView:
 
     @property
     def counters(self) -> Mapping[str, int]:
-        """For the flat table of counters: usage_FROM_TO, by letter, usage_gone and usage_refused."""
+        """For the flat table: usage_FROM_TO, by letter; said_CAUSE; usage_said, all; usage_gone, usage_refused."""
         counters = {
             f"usage_{LETTERS[a]}_{LETTERS[b]}".lower(): self.moved.get((a, b), 0)
             for a in LETTERS
             for b in LETTERS
             if a is not b
         }
+        counters |= {f"said_{cause.name.lower()}": n for cause, n in self.by_cause.items()}
         counters["usage_said"] = sum(self.moved.values())
         counters["usage_gone"] = self.gone
         counters["usage_refused"] = self.refused

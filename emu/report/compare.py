@@ -35,6 +35,24 @@ def _phase_cells(phase: Mapping[str, Any], before: Mapping[str, Any] | None) -> 
 _BACK = ("return_taken", "aside_evicted", "steal_unused", "steal_volatile", "steal_potential", "steal_preserved")
 
 
+#: pages that the guest handled to give memory back: scanned for it, dropped, into the balloon and out, reported
+_WORKED = (
+    "aging_scanned",
+    "inactive_scanned",
+    "epoch_scanned",
+    "guest_balloon_scanned",
+    "guest_balloon_inflate",
+    "guest_balloon_deflate",
+    "guest_drop_pagecache_pages",
+    "report_pages",
+)
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    share = row.get("said_share")
+    return "-" if share is None else f"~{share:.1%}".replace("%", " %")
+
+
 def _total_cells(row: Mapping[str, Any]) -> dict[str, str]:
     counters = row["counters"]
 
@@ -51,8 +69,12 @@ def _total_cells(row: Mapping[str, Any]) -> dict[str, str]:
         "back": mib_text(sum(counters.get(name, 0) for name in _BACK) * 4096),
         "scanned": sum_of("guest_pgscan_kswapd", "guest_pgscan_direct", "aging_scanned"),
         "reports": sum_of("reports"),
+        "worked": sum_of(*_WORKED),
+        "said": sum_of("usage_said"),
+        "of native": _share(row),
         "requests": sum_of("balloon_inflate_requests", "balloon_deflate_requests"),
         "OOM kills": sum_of("guest_oom_kill"),
+        "seconds": f"{row['wall_seconds']:.1f}" if row["machine"]["clock"] == "real" else "-",
         "wrong": f"{row['corrupt_frames']:,}",
     }
 
@@ -96,7 +118,9 @@ def _phase_lines(rows: Rows) -> list[Line]:
     return lines
 
 
-def print_compare(rows: Sequence[Mapping[str, Any]], command: str, console: Console) -> None:
+def print_compare(
+    rows: Sequence[Mapping[str, Any]], command: str, console: Console, prices: Mapping[str, float] | None = None
+) -> None:
     """Print runs (the objects of `emu run --json`, each with its label). A narrow terminal loses columns, not
     digits."""
     if not console.is_terminal:
@@ -115,12 +139,19 @@ def print_compare(rows: Sequence[Mapping[str, Any]], command: str, console: Cons
         "MiB; used: what dropping caches doesn't give back; read: from the disk, in that phase; "
         "bloat: footprint / used",
         "faults, installs: frames that the host had to give (again), to a fault or whole with their bytes",
-        "back: given back; scanned: pages that reclaim or aging looked at; reports, requests: to the balloon device",
+        "back: given back, or taken; scanned: pages that reclaim or aging looked at; reports, requests: to the balloon "
+        "device; worked: pages that the guest scanned, dropped, reported or ballooned for the host",
         f"Linux {env['kernel']}, {env['cpus']} cores; userfaultfd {machine['uffd']}, faults {machine['service']}; "
         f"return {machine['on_return']}; RAM {format_size(first['ram_bytes'])}; clock {machine['clock']}; "
         f"seed {first['seed']}; 1 run each, in a process of its own, {seconds:.0f} s",
         "frames checked: " + " / ".join(f"{row['verified_frames']:,}" for row in rows),
     ]
+    if prices is not None:
+        foot.append(
+            f"said: transitions of page states; of native: at most, each alone at {prices['transition']:.1f} ns, of "
+            f"what the guest's reads from the cache ({prices['read']:.0f} ns a page), faults ({prices['fault']:,.0f}) "
+            f"and frees ({prices['free']:.0f}) take natively here, its disk left out (docs/cmm2-overhead.md)"
+        )
     foot += [f"{row['label']}: {row['error']}" for row in rows if row["error"]]
     foot += sorted({f"{row['label']}: {note}" for row in rows for note in row["notes"]})
     foot.append(f"again: {command}")

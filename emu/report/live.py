@@ -301,9 +301,9 @@ def _blocks(s: Snapshot) -> list[tuple[str, str]]:
     ]
 
 
-def _four(value: float, thousand: int, units: str) -> str:
+def _four(number: int, thousand: int, units: str) -> str:
     # a number in four places
-    unit = ""
+    value, unit = float(number), ""
     for name in units:
         if value < thousand - 0.5:
             break
@@ -435,9 +435,11 @@ def compose(state: LiveState, width: int, height: int) -> list[Text]:
         if s.usages is None or width >= _FOUR_PANELS:
             panels.append(("free blocks, MiB", _blocks(s)))
         shares = [29, 27, 24, 24][: len(panels)]
-        columns, at, heads = [], 0, []
-        for (head, rows_), share in zip(panels, shares, strict=True):
-            wide = width * share // sum(shares)
+        columns: list[tuple[int, Sequence[tuple[str, str]]]] = []
+        heads: list[tuple[int, str]] = []
+        at = 0
+        for (head, rows_), part in zip(panels, shares, strict=True):
+            wide = width * part // sum(shares)
             heads.append((max(at, 1), head))
             columns.append((wide if len(columns) < len(panels) - 1 else width - at, rows_))
             at += wide

@@ -73,6 +73,16 @@ def _foot(result: RunResult) -> list[str]:
             f"{result.counters['swap_raw']:,} uncompressed, {result.counters['swap_failed']:,} not stored; "
             f"{result.counters['gate_throttled']:,} faults waited for memory; store: {machine['store']}"
         )
+    if "usage_said" in result.counters:
+        counters = result.counters
+        causes = sorted(((n, name) for name, n in counters.items() if name.startswith("said_") and n), reverse=True)
+        lines.append(
+            f"{counters['usage_said']:,} transitions ("
+            + ", ".join(f"{name.removeprefix('said_')} {n:,}" for n, name in causes)
+            + f"); {counters['usage_gone']:,} found gone, {counters['usage_refused']:,} refused; the host took "
+            + ", ".join(f"{counters[f'steal_{kind}']:,} {kind}" for kind in ("unused", "volatile", "potential"))
+            + f", and stored {counters['steal_preserved']:,} dirty ones"
+        )
     for view in result.faults:
         lines.append(
             f"{view.kind} faults: p50 {view.p50_ns / 1e3:.1f}, p99 {view.p99_ns / 1e3:.1f}, "
@@ -158,6 +168,35 @@ def flow_text(before: Phase | None, now: Phase) -> str:
     return ", ".join(f"{a} -> {b} {mib_text(size)}" for a, b, size in moved if size > 0)
 
 
+_PAIRS = ("Sr", "Sp", "Sz", "Ur", "Uz", "Pr", "Vr", "Vz")
+
+
+def state_rows(phases: list[Phase]) -> list[list[str]]:
+    """Return rows of frames by the eight pairs of page states, in memory, and the volatile share of those, a phase."""
+    rows = []
+    for usages in (p.usages for p in phases if p.usages is not None):
+        resident = sum(held["r"] for held in usages.values())
+        share = f"{usages['V']['r'] / resident:.1%}".replace("%", " %") if resident else "-"
+        rows.append([*(f"{usages[pair[0]][pair[1]]:,}" for pair in _PAIRS), f"{resident:,}", share])
+    return rows
+
+
+def _print_states(phases: list[Phase], console: Console) -> None:
+    rows = state_rows(phases)
+    if not rows:
+        return
+    console.print()
+    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="bold")
+    table.add_column("4 KiB pages by state", no_wrap=True, overflow="ellipsis")
+    for i, head in enumerate((*_PAIRS, "resident", "Vr / resident")):
+        table.add_column(head, justify="right", no_wrap=True, min_width=max(len(head), *(len(r[i]) for r in rows)))
+    for phase, row in zip((p for p in phases if p.usages is not None), rows, strict=True):
+        table.add_row(phase.name, *row)
+    console.print(table)
+    legend = "guest: S stable, U unused, P potentially volatile, V volatile; host: r in memory, p stored, z nothing"
+    console.print(Text(legend, style="dim"), soft_wrap=not console.is_terminal)
+
+
 def print_run(result: RunResult, console: Console) -> None:
     """Print a result. A terminal that is too narrow loses columns, never digits; a file gets all of them."""
     unused = _unused(result.phases)
@@ -190,6 +229,7 @@ def print_run(result: RunResult, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     _print_chain(result.phases, console)
+    _print_states(result.phases, console)
     for line in _foot(result):
         console.print(Text(line, style="dim"), soft_wrap=not console.is_terminal)
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from emu.errors import BadValue
+from emu.guest.process import Process
 from emu.machine import Machine
 from emu.observe.result import Measure
-from emu.units import FRAME_SIZE, format_size, parse_duration, parse_ram_size
+from emu.units import FRAME_SIZE, format_size, parse_duration, parse_ram_size, parse_size
 from emu.workloads import Step
 from emu.workloads.tree import Tree, TreeFile
 
@@ -36,7 +37,8 @@ class _Job(NamedTuple):
 
 
 class Build:
-    """path: a tree with sources, or None; jobs; memory: anonymous bytes of the largest job; hold: guest seconds."""
+    """path: a tree with sources, or None; jobs; memory: anonymous bytes of the largest job; program: bytes of the
+    compiler, which each job maps and runs through once; 0: none; hold: guest seconds."""
 
     name: ClassVar[str] = "build"
 
@@ -46,6 +48,7 @@ class Build:
         jobs: int = 100,
         memory: int | str = "32MiB",
         *,
+        program: int | str = 0,
         hold: float | str = 60.0,
         seed: int = 1,
     ) -> None:
@@ -55,6 +58,8 @@ class Build:
         self.tree = None if path is None else Tree(path)
         self.jobs = jobs
         self.memory = parse_ram_size(memory, "job memory")
+        self.program = parse_size(program, "program")
+        self._text = b""
         self.hold = parse_duration(hold, "hold")
         self.seed = seed
         self.verified_frames = 0
@@ -65,6 +70,7 @@ class Build:
             "path": None if self.path is None else str(self.path),
             "jobs": self.jobs,
             "memory": self.memory,
+            "program": self.program,
             "hold": self.hold,
         }
 
@@ -80,6 +86,11 @@ class Build:
             tree = self.tree if self.tree is not None else Tree(self._make_up(Path(scratch, "src"), rng))
             Path(scratch, "obj").mkdir()
             tree.mount(machine)
+            if self.program:
+                self._text = rng.randbytes(self.program)
+                Path(scratch, "bin").mkdir()
+                Path(scratch, "bin", "cc").write_bytes(self._text)
+                machine.add_disk(Path(scratch, "bin"), "bin", read_only=True)
             machine.add_disk(Path(scratch, "obj"), "obj")
             yield Step("boot")
             objects: dict[str, bytes] = {}
@@ -118,6 +129,8 @@ class Build:
         # returns the object's name and what it should hold, hashed
         guest = machine.guest
         process = guest.spawn("cc")
+        if self.program:
+            self._run_program(machine, process)
         size = max(int(self.memory * rng.uniform(0.2, 1.0)) // FRAME_SIZE, 1) * FRAME_SIZE
         memory = process.mmap(size)
         memory.fill(seed=self.seed + job.number)
@@ -130,6 +143,18 @@ class Build:
         self.corrupt_frames += len(memory.verify(seed=self.seed + job.number))
         process.exit()
         return name, hashlib.sha256(content).digest()
+
+    def _run_program(self, machine: Machine, process: Process) -> None:
+        # execve(): the program's file mapped privately, and each page of it used once
+        with machine.guest.open("bin/cc") as file:
+            text = process.mmap(-(-self.program // FRAME_SIZE) * FRAME_SIZE, file=file)
+        seen = text.read(0, self.program)
+        self.verified_frames += text.pages
+        if seen != self._text:
+            self.corrupt_frames += sum(
+                seen[at : at + FRAME_SIZE] != self._text[at : at + FRAME_SIZE]
+                for at in range(0, self.program, FRAME_SIZE)
+            )
 
     def _link(self, machine: Machine, objects: dict[str, bytes]) -> None:
         guest = machine.guest

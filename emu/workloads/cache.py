@@ -15,7 +15,7 @@ from emu.machine import Machine
 from emu.observe.result import Measure
 from emu.units import format_size, parse_duration, parse_ram_size
 from emu.workloads import Step
-from emu.workloads.tree import Tree
+from emu.workloads.tree import Tree, check_memory
 
 __all__ = ["Cache"]
 
@@ -74,10 +74,7 @@ class Cache:
 
     def steps(self, machine: Machine) -> Iterator[Step]:
         tree = self.tree
-        if self.memory > machine.guest.ram_bytes:
-            raise BadValue(
-                f"memory {format_size(self.memory)} is more than the RAM, {format_size(machine.guest.ram_bytes)}"
-            )
+        check_memory(self.memory, machine.guest.ram_bytes)
         tree.mount(machine)
         memory = machine.guest.spawn("app").mmap(self.memory)
         memory.fill(seed=self.seed)

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 from emu.errors import BadValue, GuestIOError
 from emu.machine import Machine
 from emu.observe.result import Measure
-from emu.units import FRAME_SIZE, parse_duration
+from emu.units import FRAME_SIZE, format_size, parse_duration, parse_size
 from emu.workloads import Step
-from emu.workloads.tree import Tree, TreeFile
+from emu.workloads.tree import Tree, TreeFile, check_memory
 
 __all__ = ["Grep"]
 
@@ -25,11 +25,20 @@ _PART = 1 << 20  # bytes a read
 
 class Grep:
     """path: a directory of the host; pattern: what to search for, as it stands; passes; hold: guest seconds at the
-    end."""
+    end; memory: anonymous bytes that the guest holds all the time."""
 
     name: ClassVar[str] = "grep"
 
-    def __init__(self, path: str | Path, pattern: str = "include", passes: int = 1, hold: float | str = 60.0) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        pattern: str = "include",
+        passes: int = 1,
+        hold: float | str = 60.0,
+        *,
+        memory: int | str = 0,
+        seed: int = 1,
+    ) -> None:
         if not pattern:
             raise BadValue("pattern '' is empty: everything would match")
         if not 1 <= passes <= 1000:
@@ -38,6 +47,9 @@ class Grep:
         self.pattern = pattern.encode()
         self.passes = passes
         self.hold = parse_duration(hold, "hold")
+        self.memory = parse_size(memory, "memory")
+        self.seed = seed
+        self._memory_checked = self._memory_wrong = 0
         self._miscounted = 0
         self.matches = 0
         self.bytes = 0
@@ -45,11 +57,11 @@ class Grep:
 
     @property
     def verified_frames(self) -> int:
-        return self.tree.verified_frames
+        return self.tree.verified_frames + self._memory_checked
 
     @property
     def corrupt_frames(self) -> int:
-        return self.tree.corrupt_frames + self._miscounted
+        return self.tree.corrupt_frames + self._miscounted + self._memory_wrong
 
     def parameters(self) -> dict[str, Any]:
         return {
@@ -57,6 +69,7 @@ class Grep:
             "pattern": self.pattern.decode(),
             "passes": self.passes,
             "hold": self.hold,
+            "memory": self.memory,
         }
 
     def measures(self) -> dict[str, Measure]:
@@ -121,11 +134,18 @@ class Grep:
 
     def steps(self, machine: Machine) -> Iterator[Step]:
         tree = self.tree
+        check_memory(self.memory, machine.guest.ram_bytes)
         tree.mount(machine)
-        yield Step("boot")
+        memory = machine.guest.spawn("app").mmap(self.memory) if self.memory else None
+        if memory is not None:
+            memory.fill(seed=self.seed)
+        yield Step(f"boot, {format_size(self.memory)} of its own" if self.memory else "boot")
         for number in range(1, self.passes + 1):
             for file in tree.files:
                 self._search_and_check(machine, file)
             yield Step(f"pass {number}: {tree}")
         if self.hold:
             yield Step(f"{self.hold:g} s later", wait=self.hold)
+        if memory is not None:
+            self._memory_checked = memory.pages
+            self._memory_wrong = len(memory.verify(seed=self.seed))

@@ -50,6 +50,9 @@ def _notes(machine: Machine) -> list[str]:
         )
     if machine.guest.pressure is not None and machine.host.squeeze is None:
         notes.append(f"{machine.mechanism.name} had no limit, so nothing was asked for: it does what reporting does")
+    taken = {"cmm2": "stolen", "cmm2-light": "stolen", "swap": "swapped"}.get(machine.mechanism.name)
+    if taken is not None and settings_of(machine.mechanism)["max"] is None:
+        notes.append(f"{machine.mechanism.name} had no limit (max=...), so nothing was {taken} but when it was told to")
     reporting = machine.guest.reporting
     for zone in machine.guest.zones if reporting is not None else ():
         if zone.name != "DMA" and reporting is not None and reporting.gated(zone):

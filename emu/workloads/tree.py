@@ -14,9 +14,15 @@ from emu.errors import BadValue, GuestIOError
 from emu.machine import Machine
 from emu.units import FRAME_SIZE, format_size
 
-__all__ = ["Tree", "TreeFile"]
+__all__ = ["Tree", "TreeFile", "check_memory"]
 
 _PART = 1 << 20  # bytes a read
+
+
+def check_memory(memory: int, ram_bytes: int) -> None:
+    """Raise BadValue for more memory of the guest's own than it has RAM."""
+    if memory > ram_bytes:
+        raise BadValue(f"memory {format_size(memory)} is more than the RAM, {format_size(ram_bytes)}")
 
 
 @dataclass(slots=True)

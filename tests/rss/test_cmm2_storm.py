@@ -168,7 +168,8 @@ def storm(settings, folder, operations, seed):
 def test_a_host_that_takes_all_the_time(tmp_path, settings):
     taken, _, stats = storm(settings, tmp_path, 1500, seed=9)
     assert taken > 1000
-    assert stats["steal_unused"] and stats["steal_volatile"]
+    assert stats["steal_unused"]
+    assert stats["steal_volatile"]
 
 
 @pytest.mark.storm
@@ -176,7 +177,14 @@ def test_a_host_that_takes_all_the_time(tmp_path, settings):
 def test_a_million_operations(tmp_path, settings):
     """A fifth of them for each."""
     taken, done, stats = storm(settings, tmp_path, 200_000, seed=11)
-    print(f"\n{settings}: {sum(done.values()):,} operations {done}, {taken:,} frames stolen, "
-          + ", ".join(f"{stats[name]:,} {name}" for name in ("steal_unused", "steal_volatile", "steal_potential",
-                                                            "steal_preserved", "swap_out_frames", "swap_in_frames")))  # fmt: skip
+    names = (
+        "steal_unused",
+        "steal_volatile",
+        "steal_potential",
+        "steal_preserved",
+        "swap_out_frames",
+        "swap_in_frames",
+    )
+    print(f"\n{settings}: {sum(done.values()):,} operations {done}, {taken:,} frames stolen,")
+    print(", ".join(f"{stats[name]:,} {name}" for name in names))
     assert taken > 100_000
