@@ -88,6 +88,8 @@ def content(seed: int, key: int) -> bytes:
 
 
 _RANGES = ffi.typeof("struct emu_range[]")
+# room for an answer that is nearly always empty: clearing it would take as long as the question
+_uncleared = ffi.new_allocator(should_clear_after_alloc=False)
 _SMALL = 64 << 10  # bytes
 
 
@@ -212,6 +214,11 @@ class Region:
         self._closed = True
         if not self.foreign and self._cell[0] != ffi.NULL:
             lib.emu_region_close(self._cell[0])
+
+    def end_in_child(self) -> None:
+        """What calls the core without asking us finds it closed there: its tables are the parent's alone."""
+        if self._cell[0] != ffi.NULL:
+            lib.emu_region_forked(self._cell[0])
 
     def _failed(self, err: int, progress: Any, *, unit: int = 1) -> EmuError:
         if err == -errno.ERANGE:
@@ -396,20 +403,29 @@ class Region:
         if err:
             raise self._failed(err, None)
 
-    def end_in_child(self) -> None:
-        if self._cell[0] != ffi.NULL:
-            lib.emu_region_forked(self._cell[0])
+    @property
+    def tracks_usages(self) -> bool:
+        return bool(self._call(lib.emu_usage_tracked) == 1)
+
+    def say(self, ranges: Ranges, usage: int, cause: int) -> "tuple[int, array[int]]":
+        with ffi.from_buffer(_RANGES, ranges.flat) as flat:
+            return self._said(lib.emu_usage_set, (flat, len(ranges)), ranges.frames, usage, cause)
 
     def say_frames(self, gfns: "array[int]", usage: int, cause: int) -> "tuple[int, array[int]]":
         if gfns.typecode != "I":
             raise BadValue(f"frame numbers come as array('I'), not {gfns.typecode!r}")
-        gone = array("Q", bytes(8 * len(gfns))) if usage == lib.EMU_STABLE else array("Q")
-        n = ffi.new("size_t *")
-        with ffi.from_buffer("uint32_t[]", gfns) as flat, ffi.from_buffer("uint64_t[]", gone) as into:
-            changed = self._call(lib.emu_usage_set_frames, flat, len(gfns), usage, cause, into, len(gone), n)
+        with ffi.from_buffer("uint32_t[]", gfns) as flat:
+            return self._said(lib.emu_usage_set_frames, (flat, len(gfns)), len(gfns), usage, cause)
+
+    def _said(
+        self, call: Callable[..., int], of: tuple[Any, int], frames: int, usage: int, cause: int
+    ) -> "tuple[int, array[int]]":
+        room = frames if usage == lib.EMU_STABLE else 0
+        gone, found = _uncleared("uint64_t[]", room), ffi.new("size_t *")
+        changed = self._call(call, *of, usage, cause, gone, room, found)
         if changed < 0:
             raise self._failed(changed, None)
-        return int(changed), gone[: n[0]]
+        return int(changed), array("Q", bytes(ffi.buffer(gone, 8 * found[0])))
 
     @property
     def bytes_address(self) -> int:
@@ -421,20 +437,6 @@ class Region:
         call = functools.partial(lib.emu_usage_one, ffi.new("struct emu_sayer *", (self._cell[0], at, usage, cause)))
         call.keep = (self, at)  # type: ignore[attr-defined]  # for as long as it can be called
         return call
-
-    @property
-    def tracks_usages(self) -> bool:
-        return bool(self._call(lib.emu_usage_tracked) == 1)
-
-    def say(self, ranges: Ranges, usage: int, cause: int) -> "tuple[int, array[int]]":
-        gone = array("Q", bytes(8 * ranges.frames)) if usage == lib.EMU_STABLE else array("Q")
-        n = ffi.new("size_t *")
-        flat = ffi.from_buffer(_RANGES, ranges.flat)
-        into = ffi.from_buffer("uint64_t[]", gone)
-        changed = self._call(lib.emu_usage_set, flat, len(ranges), usage, cause, into, len(gone), n)
-        if changed < 0:
-            raise self._failed(changed, None)
-        return int(changed), gone[: n[0]]
 
     def page_states(self, memmap: Any, how: int) -> None:
         err = self._call(lib.emu_page_states_on, memmap, how)

@@ -7,7 +7,7 @@ same run. A share of them is an estimate and marked so: the work of a real guest
 import os
 import tempfile
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 from statistics import median
@@ -17,6 +17,8 @@ from emu._native import ffi, lib
 from emu.errors import HostError
 from emu.frames import Cause, Usage
 from emu.ram import GuestRam
+from emu.ranges import Ranges
+from emu.units import FRAME_SIZE
 
 __all__ = ["Prices", "measure_prices", "native_fault", "native_read"]
 
@@ -27,20 +29,27 @@ _ROUNDS = 10
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """ns of a 4 KiB page: a write fault, giving it back, reading it from the kernel's cache; and of a transition, each
-    a compare-and-swap of its own, in a batch. Medians of some rounds."""
+    """ns of a 4 KiB page. Medians of some rounds.
+
+    A write fault; giving it back; reading it from the kernel's cache; what reading it in takes more, the disk's time
+    among it (of the file system of TMPDIR; in one that is memory, nothing); a transition that is a compare-and-swap of
+    its own, in a batch; and one of a page in a row of pages, eight a step.
+    """
 
     fault: float
     free: float
     read: float
+    fill: float
     transition: float
+    in_a_row: float
 
     def native(self, counters: Mapping[str, int]) -> float:
-        """Return the ns that the cached reads, faults and frees of a run would take natively; its disk left out."""
+        """Return the native ns of a run's reads, faults and frees, and of reading in what wasn't cached."""
         return (
             counters["guest_pgaccess"] * self.read
             + counters["guest_pgfault"] * self.fault
             + counters["guest_pgfree"] * self.free
+            + counters["guest_pgpgin"] // (FRAME_SIZE // 1024) * self.fill
         )
 
 
@@ -56,36 +65,40 @@ def native_fault(pages: int = _PAGES) -> tuple[float, float]:
     return fault[0] / pages, free[0] / pages
 
 
-def native_read(fd: int, size: int, chunk: int = _CHUNK) -> float:
-    """Return the ns of reading a page of a file that the kernel has cached, by pread() of `chunk` bytes: the second
-    time of two."""
+def native_read(fd: int, size: int, chunk: int = _CHUNK, times: int = 2) -> float:
+    """Return the ns of reading a page of a file by pread() of `chunk` bytes, the last of some times: then it is
+    cached."""
     ns = ffi.new("uint64_t *")
-    for _ in range(2):
+    for _ in range(times):
         _checked(lib.emu_native_read(fd, size, chunk, ns), "a read")
     return float(ns[0]) / (size / 4096)
 
 
-def _transition(ram: GuestRam, numbers: "array[int]") -> float:
+def _transition(say: Callable[[Usage, Cause], object]) -> float:
     start = perf_counter_ns()
-    ram.say_frames(numbers, Usage.VOLATILE, Cause.PUT)
-    ram.say_frames(numbers, Usage.STABLE, Cause.LOOKUP)
-    return (perf_counter_ns() - start) / (2 * len(numbers))
+    say(Usage.VOLATILE, Cause.PUT)
+    say(Usage.STABLE, Cause.LOOKUP)
+    return (perf_counter_ns() - start) / (2 * _PAGES)
 
 
 def measure_prices(rounds: int = _ROUNDS) -> Prices:
     """Measure all, by turns; some tenths of a second. Raises HostError where usages can't be said."""
     size = _PAGES * 4096
-    faults, frees, reads, transitions = [], [], [], []
+    faults, frees, reads, fills, transitions, in_a_row = [], [], [], [], [], []
     with tempfile.TemporaryFile(prefix="emu-") as file, GuestRam(size) as ram:
         file.write(Random(1).randbytes(size))
         file.flush()
+        os.fsync(file.fileno())  # what isn't on the disk stays in the cache
         ram.track_usages()
         ram.fill(0, _PAGES, seed=1)
-        numbers = array("I", range(_PAGES))
+        numbers, row = array("I", range(_PAGES)), Ranges.of([(0, _PAGES)])
         for _ in range(rounds):
             fault, free = native_fault()
             faults.append(fault)
             frees.append(free)
             reads.append(native_read(file.fileno(), size))
-            transitions.append(_transition(ram, numbers))
-    return Prices(median(faults), median(frees), median(reads), median(transitions))
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            fills.append(max(native_read(file.fileno(), size, times=1) - reads[-1], 0.0))
+            transitions.append(_transition(lambda usage, cause: ram.say_frames(numbers, usage, cause)))
+            in_a_row.append(_transition(lambda usage, cause: ram.say(row, usage, cause)))
+    return Prices(*map(median, (faults, frees, reads, fills, transitions, in_a_row)))

@@ -10,7 +10,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
+from emu.bench import cmm2
 from emu.bench.compare import compare, machines_differ
+from emu.bench.prices import measure_prices
 from emu.bench.reference import SOURCES, Reference
 from emu.bench.row import Row
 from emu.bench.rows import ROWS
@@ -22,6 +24,8 @@ from emu.cli.output import Output
 from emu.errors import BadValue, EmuError
 from emu.observe.environment import environment
 from emu.report.bench import print_bench, print_changes
+from emu.report.cmm2 import print_counts, print_shares
+from emu.units import parse_duration
 
 __all__ = ["bench"]
 
@@ -64,6 +68,7 @@ def bench(
     compare_with: Annotated[Path | None, Parameter(name="--compare")] = None,
     output: Annotated[Path | None, Parameter(name=["-o", "--output"])] = None,
     check: bool = False,
+    transition: list[str] | None = None,
     as_json: Annotated[bool, Parameter(name="--json")] = False,
 ) -> int:
     """Measure emu beside plain C loops of system calls, by turns, and print medians with their intervals.
@@ -80,9 +85,17 @@ def bench(
         Where to write the result; benchmarks/results/ of the clone by default, when all rows are measured.
     check
         Exit with 1 if a target isn't met, or, with --compare, a row got worse.
+    transition
+        With cmm2: a price of a transition to count with besides, such as 300ns or 5us; may be given several times.
     as_json
         Print the result as JSON instead of a table.
+
+    `emu bench cmm2` says besides what CMM2 costs: what a guest's kernel has to say, counted, and what share of native
+    work that comes to, by what saying it takes (docs/cmm2-overhead.md).
     """
+    costs = {text: parse_duration(text, "transition") * 1e9 for text in transition or ()}
+    if costs and "cmm2" not in names:
+        raise BadValue("--transition is for emu bench cmm2")
     if not 2 <= rounds <= 1000:
         raise BadValue(f"rounds {rounds!r} must be from 2 to 1000")
     rows = _chosen(names)
@@ -102,6 +115,12 @@ def bench(
             if done < len(rows):
                 line.update(f"{done + 1} of {len(rows)}: {rows[done].name}")
 
+        works: list[cmm2.Work] = []
+        study: dict[str, Any] = {}
+        if "cmm2" in names:
+            line.update("counting transitions")
+            works, reclaimed, tree = cmm2.study()
+            study = cmm2.as_json(works, reclaimed, tree)
         line.update(f"1 of {len(rows)}: {rows[0].name}")
         results = run_rows(rows, Stage(reference), rounds, on_row)
     result: dict[str, Any] = {
@@ -114,6 +133,11 @@ def bench(
         "seconds": round(time.monotonic() - started, 1),
         "rows": [row.as_json() for row in results],
     }
+    if works:
+        exchange = next(r.reference for r in results if r.row.name == "cmm2-batched")
+        if exchange is not None:
+            cmm2.price(study, works, measure_prices(rounds), exchange.median, costs)
+            result["cmm2"] = study
     path = output
     if path is None and not names:
         name = f"{result['time'][:19].replace(':', '')}-linux-{result['environment']['kernel']}.json"
@@ -124,7 +148,12 @@ def bench(
         print(json.dumps(result, indent=2))
     else:
         console = Output()
+        if "cmm2" in result:
+            print_counts(study, console)
         print_bench(result, console)
+        if "cmm2" in result:
+            console.print()
+            print_shares(study, console)
         if old is not None:
             console.print()
             print_changes(

@@ -73,7 +73,13 @@ static void lose(struct emu_region *r, uint64_t gfn)
 	emu_state_wake(r, gfn, 1);
 }
 
-static enum emu_said say(struct emu_region *r, uint64_t gfn, uint8_t usage, struct emu_usage_tally *t)
+/* What no more than the byte must change for: in memory, where every usage is legal, or nothing there and nothing lost. */
+static bool plain(uint8_t was, uint8_t state, uint8_t usage)
+{
+	return IN_MEMORY >> state & 1 || (state == EMU_ZERO && was <= EMU_UNUSED && usage <= EMU_UNUSED);
+}
+
+static enum emu_said say_slowly(struct emu_region *r, uint64_t gfn, uint8_t usage, struct emu_usage_tally *t)
 {
 	for (;;) {
 		uint8_t byte = emu_byte_load(r, gfn);
@@ -91,7 +97,7 @@ static enum emu_said say(struct emu_region *r, uint64_t gfn, uint8_t usage, stru
 			t->same++;
 			return EMU_SAID_ALREADY;
 		}
-		if (IN_MEMORY >> state & 1 || (state == EMU_ZERO && usage <= EMU_UNUSED)) {
+		if (plain(was, state, usage)) {
 			if (!atomic_compare_exchange_weak_explicit(&r->state[gfn], &byte, byte_of(usage, state), memory_order_acq_rel,
 			                                           memory_order_relaxed))
 				continue;
@@ -120,6 +126,20 @@ static enum emu_said say(struct emu_region *r, uint64_t gfn, uint8_t usage, stru
 		t->moved[was][usage]++;
 		return EMU_SAID;
 	}
+}
+
+/* Nearly every time it is one compare-and-swap: the rest is apart, so that this is short. */
+static inline enum emu_said say(struct emu_region *r, uint64_t gfn, uint8_t usage, struct emu_usage_tally *t)
+{
+	uint8_t byte = emu_byte_load(r, gfn);
+	const uint8_t state = emu_byte_state(byte), was = emu_byte_usage(byte);
+
+	if (!plain(was, state, usage) || was == usage ||
+	    !atomic_compare_exchange_strong_explicit(&r->state[gfn], &byte, byte_of(usage, state), memory_order_acq_rel,
+	                                             memory_order_relaxed))
+		return say_slowly(r, gfn, usage, t);
+	t->moved[was][usage]++;
+	return EMU_SAID;
 }
 
 enum emu_said emu_usage_say(struct emu_region *r, uint64_t gfn, int usage, struct emu_usage_tally *t)

@@ -18,7 +18,7 @@ def test_every_declared_function_is_in_the_header_and_the_module():
     cdef = declared((CSRC / "emu.cdef.h").read_text())
     assert cdef <= declared((CSRC / "emu.h").read_text())
     assert cdef <= set(dir(_native.lib))
-    assert len(cdef) < 100
+    assert len(cdef) < 120
 
 
 def test_states_and_operations_come_from_the_core():
