@@ -383,6 +383,13 @@ class Region:
             raise self._failed(err, None)
         return list(ages)
 
+    def ages(self, usages: int) -> list[int]:
+        ages = ffi.new("uint64_t[256]")
+        err = self._call(lib.emu_access_ages, usages, ages)
+        if err:
+            raise self._failed(err, None)
+        return list(ages)
+
     def victims(self, min_age: int, want: int, most: int) -> Ranges:
         flat = array("Q", bytes(24 * most))
         n = ffi.new("size_t *")

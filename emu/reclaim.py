@@ -364,6 +364,11 @@ class Reclaim:
         """
         return self._core.scan()
 
+    def stealable(self, usages: Sequence[Usage] = _STEALABLE) -> list[int]:
+        """Return frames of these usages that steal() might take, by age, 0-255; of potentially volatile ones the dirty,
+        too."""
+        return self._core.ages(sum(1 << usage for usage in set(usages)))
+
     def victims(self, frames: int, *, min_age: int = 0, ranges: int = 1024) -> Ranges:
         """Return up to so many frames with a page of their own, idle longest, in at most `ranges` ranges."""
         return self._core.victims(min_age, frames, ranges)

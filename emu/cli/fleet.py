@@ -34,7 +34,8 @@ def fleet(
     limit
         The budget, instead of the file's max.
     order
-        The lines of defence, instead of the file's: "epoch@low > purge@high > swap@max".
+        The lines of defence, instead of the file's: "steal@low > epoch@low > purge@high >
+        swap@max".
     spread
         Whether the guests' turns lie evenly in time, instead of what the file says.
     mechanism

@@ -27,6 +27,7 @@
 
 #include <sched.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -310,10 +311,38 @@ static bool pick(const struct emu_region *r, const struct emu_access *a, uint64_
 	return true;
 }
 
+/* Frames of these usages that might be taken, by age. */
+static void count_ages(const struct emu_region *r, const struct emu_access *a, unsigned usages, uint64_t *by_age)
+{
+	const uint64_t blocks = (r->frames + EMU_BLOCK_FRAMES - 1) / EMU_BLOCK_FRAMES;
+
+	for (uint64_t block = next_block(r, 0, blocks); block < blocks; block = next_block(r, block + 1, blocks))
+		for (uint64_t gfn = block * EMU_BLOCK_FRAMES; gfn < block_end(r, block); gfn++)
+			if (may_go(r, gfn, usages))
+				by_age[a ? age_of(a, gfn) : 0]++;
+}
+
+int emu_access_ages(struct emu_region *r, unsigned usages, uint64_t *ret)
+{
+	struct emu_access *a;
+	int err = emu_region_enter(r);
+
+	if (err)
+		return err;
+	memset(ret, 0, AGES * sizeof(*ret));
+	a = access_of(r);
+	if (a)
+		pthread_mutex_lock(&a->lock);
+	count_ages(r, a, usages, ret);
+	if (a)
+		pthread_mutex_unlock(&a->lock);
+	emu_region_leave(r);
+	return 0;
+}
+
 int64_t emu_access_victims(struct emu_region *r, int min_age, uint64_t want, unsigned usages, struct emu_range *ret,
                            size_t cap, size_t *n)
 {
-	const uint64_t blocks = (r->frames + EMU_BLOCK_FRAMES - 1) / EMU_BLOCK_FRAMES;
 	uint64_t by_age[AGES] = { 0 }, quota = want, left = want, hand;
 	struct emu_access *a;
 	int cutoff = AGES - 1;
@@ -324,10 +353,8 @@ int64_t emu_access_victims(struct emu_region *r, int min_age, uint64_t want, uns
 		cutoff = 0;
 	else
 		pthread_mutex_lock(&a->lock);
-	for (uint64_t block = next_block(r, 0, blocks); a && block < blocks; block = next_block(r, block + 1, blocks))
-		for (uint64_t gfn = block * EMU_BLOCK_FRAMES; gfn < block_end(r, block); gfn++)
-			if (may_go(r, gfn, usages))
-				by_age[age_of(a, gfn)]++;
+	if (a)
+		count_ages(r, a, usages, by_age);
 	for (uint64_t older = 0; a && cutoff > min_age && older + by_age[cutoff] < want; cutoff--) {
 		older += by_age[cutoff];
 		quota = want - older;

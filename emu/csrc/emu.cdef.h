@@ -240,6 +240,7 @@ int64_t emu_steal_some(struct emu_region *r, uint64_t want, unsigned usages, int
 int emu_access_track(struct emu_region *r, int on);
 int emu_access_harvest(struct emu_region *r, uint64_t gfn, uint64_t count, int bits, uint8_t *ret);
 int emu_access_scan(struct emu_region *r, uint64_t *ret);
+int emu_access_ages(struct emu_region *r, unsigned usages, uint64_t *ret);
 int64_t emu_access_victims(struct emu_region *r, int min_age, uint64_t want, unsigned usages, struct emu_range *ret,
                            size_t cap, size_t *n);
 int64_t emu_access_written(struct emu_region *r);

@@ -312,6 +312,8 @@ int emu_access_track(struct emu_region *r, int on);
 int emu_access_harvest(struct emu_region *r, uint64_t gfn, uint64_t count, int bits, uint8_t *ret);
 /* One scan: frames in memory (RESIDENT, LAZY) not accessed since the last one get a scan older. ret[age], of 256, is cleared. */
 int emu_access_scan(struct emu_region *r, uint64_t *ret);
+/* Frames of these usages (a bit each) that might be taken, by age: ret[256]; all are 0 where nobody looks at accessed bits. */
+int emu_access_ages(struct emu_region *r, unsigned usages, uint64_t *ret);
 /*
  * Up to `want` RESIDENT frames of the usages in the set (a bit each), oldest first as of the last scan, none younger than
  * min_age, in ranges. min_age -1: of any age, as a hand that goes round meets them.

@@ -41,6 +41,8 @@ from emu.workloads.runner import Stopped, run
 __all__ = ["main"]
 
 _STATUS = 0.1  # seconds
+_OFFER = 0.5  # seconds between two looks at what could be stolen
+_STOLEN = ("unused", "volatile", "potential", "preserved")
 _SCAN = 5.0  # guest seconds between two looks at accessed bits
 #: what the process runs, with the host's pid and the guest's name as arguments
 START = """
@@ -99,11 +101,15 @@ class GuestProcess:
         # with the time until which each is waited for
         self._asks: queue.SimpleQueue[tuple[Ask, float]] = queue.SimpleQueue()
         self._takes: queue.SimpleQueue[tuple[Ask, float]] = queue.SimpleQueue()
+        self._offer: list[int] = []
+        self._offer_due = 0.0
 
     @property
-    def can(self) -> list[Literal["epoch", "purge", "swap"]]:
+    def can(self) -> list[Literal["steal", "epoch", "purge", "swap"]]:
         """What this guest can be asked for."""
-        can: list[Literal["epoch", "purge", "swap"]] = []
+        can: list[Literal["steal", "epoch", "purge", "swap"]] = []
+        if self.machine.host.stealing is not None:
+            can.append("steal")
         if self.machine.guest.pressure is not None:
             can += ["epoch", "purge"]
         if self.machine.ram.has_store or self.machine.host.stealing is not None:
@@ -142,7 +148,7 @@ class GuestProcess:
                     self.stop.set()
                 elif isinstance(message, Ask):
                     due_by = time.monotonic() + message.within
-                    (self._takes if message.request == "swap" else self._asks).put((message, due_by))
+                    (self._takes if message.request in ("steal", "swap") else self._asks).put((message, due_by))
 
     def _status(self) -> Status:
         machine = self.machine
@@ -170,7 +176,18 @@ class GuestProcess:
             throttled=stats["gate_throttled"],
             swap_out=stats["swap_out_frames"] * FRAME_SIZE,
             swap_in=stats["swap_in_frames"] * FRAME_SIZE,
+            stolen=sum(stats[f"steal_{kind}"] for kind in _STOLEN) * FRAME_SIZE,
+            stealable=self._offered(),
         )
+
+    def _offered(self) -> list[int]:
+        # a walk over all frames in memory: not for every status
+        if self.machine.host.stealing is None:
+            return []
+        if time.monotonic() >= self._offer_due:
+            self._offer = self.machine.host.stealing.offer()
+            self._offer_due = time.monotonic() + _OFFER
+        return self._offer
 
     def _ask(self) -> None:
         while True:
@@ -189,15 +206,16 @@ class GuestProcess:
             freed = 0
             with contextlib.suppress(EmuError):
                 if time.monotonic() < until:
-                    freed = self._take_without_asking(max(ask.size, FRAME_SIZE))
+                    freed = self._take_without_asking(max(ask.size, FRAME_SIZE), swap=ask.request == "swap")
+            self._offer_due = 0.0  # it has less to offer now
             self.link.send(Answer(ask=ask.ask, freed=freed))
 
-    def _take_without_asking(self, size: int) -> int:
+    def _take_without_asking(self, size: int, *, swap: bool) -> int:
         # what the guest doesn't need, or can have again, goes before anything is swapped
         host, freed = self.machine.host, 0
         if host.stealing is not None:
             freed = host.steal(size)
-        if freed < size and self.machine.ram.has_store:
+        if swap and freed < size and self.machine.ram.has_store:
             freed += host.swap_out(size - freed)
         return freed
 

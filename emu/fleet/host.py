@@ -42,7 +42,7 @@ from emu.fleet.scenario import Fleet, Guest
 from emu.fleet.wire import Answer, Ask, Bad, Done, Frames, Go, Hello, Message, Row, Status, Stop, encode
 from emu.gate import Gate
 from emu.host import budget as host_budget
-from emu.host.budget import Budget, GuestView, Request
+from emu.host.budget import DEFAULT_ORDER, Budget, GuestView, Request
 from emu.host.pressure import stall_percent
 from emu.observe.environment import environment
 from emu.observe.fleet import Believed, FleetResult, GuestResult, Sample
@@ -321,6 +321,7 @@ class _Host:
             guest.status = message
             result.peak_rss_bytes = max(result.peak_rss_bytes, message.rss)
             result.swap_out_bytes, result.swap_in_bytes = message.swap_out, message.swap_in
+            result.stolen_bytes = message.stolen
             result.disk_read_bytes = message.disk_read
             self._believe(guest, message)
         elif isinstance(message, Row):
@@ -382,7 +383,12 @@ class _Host:
 
     def _views(self) -> list[GuestView]:
         return [
-            GuestView(guest.spec.name, self.gate.slot(guest.slot).charged, guest.can)
+            GuestView(
+                guest.spec.name,
+                self.gate.slot(guest.slot).charged,
+                guest.can,
+                tuple(guest.status.stealable) if guest.status is not None else (),
+            )
             for guest in self.guests
             if not guest.dead
         ]
@@ -536,6 +542,8 @@ class _Host:
         result.seconds = self.now
         wanted = [request for line in budget.lines for request in line.requests]
         nobody = [r.value for r in wanted if not any(r in guest.can for guest in self.guests)]
+        if self.fleet.order == DEFAULT_ORDER and Request.STEAL.value in nobody:
+            nobody.remove(Request.STEAL.value)  # nobody has asked for it
         if nobody:
             result.notes.append(f"no guest could be asked for: {', '.join(nobody)}")
         result.peak_charged_bytes = self.gate.peak

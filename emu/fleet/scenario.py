@@ -2,7 +2,7 @@
 
 [fleet]
 max = "3GiB"                                   # footprint of all guests; low and high: 80 and 90 % of it
-order = "epoch@low > purge@high > swap@max"
+order = "steal@low > epoch@low > purge@high > swap@max"
 speed = "real"                                 # guest seconds a second
 store = "/var/tmp"                             # where swapped pages go when the pool is full
 

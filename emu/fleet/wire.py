@@ -62,13 +62,15 @@ class Hello(_Message):
     name: Name
     token: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     pid: Annotated[int, Field(gt=0)]
-    can: Annotated[list[Literal["epoch", "purge", "swap"]], Field(max_length=3)]
+    can: Annotated[list[Literal["steal", "epoch", "purge", "swap"]], Field(max_length=4)]
 
 
 class Status(_Message):
     """A guest's figures.
 
-    Rss, side and pool by its kernel, the others by its own word. sampled: an estimate of touched.
+    Rss, side and pool by its kernel, the others by its own word. sampled: an estimate of touched. stealable: what
+    the host could take by what the guest says of it, unused memory first, then by how long it has been idle
+    (emu.host.stealing), in the order in which it goes.
     """
 
     type: Literal["status"] = "status"
@@ -88,6 +90,8 @@ class Status(_Message):
     throttled: Annotated[int, Field(ge=0)]
     swap_out: Bytes
     swap_in: Bytes
+    stolen: Bytes
+    stealable: Annotated[list[Bytes], Field(max_length=16)]
 
 
 class Row(_Message):
@@ -127,7 +131,7 @@ class Ask(_Message):
 
     type: Literal["ask"] = "ask"
     ask: Annotated[int, Field(ge=1)]
-    request: Literal["epoch", "purge", "swap"]
+    request: Literal["steal", "epoch", "purge", "swap"]
     size: Bytes
     age: Seconds
     within: Seconds

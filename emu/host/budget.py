@@ -2,7 +2,9 @@
 
 The lines of defence, and the footprint above which each is manned, are a setting:
 
-    epoch@low > purge@high > swap@max   the default: voluntary return goes on all the time; above low the epoch moves
+    steal@low > epoch@low > purge@high > swap@max
+                                        the default: voluntary return goes on all the time; above low what guests
+                                        call unused or volatile is taken (CMM2), and of the others the epoch moves
                                         forward; above high guests are asked to drop all that they can, by a deadline;
                                         at max memory is taken without asking
     epoch@low > purge+swap@high         as the linux-mm thread on free page reporting has it (January 2020): the
@@ -17,6 +19,10 @@ a fleet is at max when less than 1/64 of it is left.
 A line comes into play only when the lines before it have been tried since the pressure began: every guest that could be
 asked has answered, or its deadline has passed. So no purge before the epoch was tried, and nothing is swapped while a
 purge may still help.
+
+Stealing costs its guest nothing at the time, so it goes first, and the next line waits for it as long as it finds
+enough. All guests' stealable memory is one list: unused first, then by how long it has been idle, and what is oldest
+goes, whoever's it is. Each guest's host side takes its own oldest; so it is told how much of what goes is its own.
 
 An epoch is a point in time: cache last used before it goes. It moves forward while guests have less to give than they
 were asked for, by halving the age, and back to the oldest when the pressure is over. A guest is asked once a period for
@@ -44,6 +50,7 @@ _CALM = 64
 class Request(enum.StrEnum):
     """What a guest, or its host side, is asked for."""
 
+    STEAL = "steal"
     EPOCH = "epoch"
     PURGE = "purge"
     SWAP = "swap"
@@ -55,7 +62,7 @@ class Level(enum.StrEnum):
     MAX = "max"
 
 
-DEFAULT_ORDER = "epoch@low > purge@high > swap@max"
+DEFAULT_ORDER = "steal@low > epoch@low > purge@high > swap@max"
 THREAD_ORDER = "epoch@low > purge+swap@high"
 
 
@@ -122,11 +129,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class GuestView:
-    """A guest as the host sees it: its footprint in bytes, and what it can be asked for."""
+    """A guest as the host sees it: its footprint in bytes, and what it can be asked for.
+
+    stealable: bytes that could be stolen, by class: unused, then what is idle, the longest first.
+    """
 
     name: str
     footprint: int
     can: frozenset[Request]
+    stealable: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +163,22 @@ class _Guest:
     pending: dict[Request, tuple[float, int]] = field(default_factory=dict)
     #: what has been tried with it since the pressure of that request's line began
     tried: set[Request] = field(default_factory=set)
+    #: less could be stolen of it, the last time, than it had said
+    short: bool = False
+
+
+def _oldest(views: Sequence[GuestView], wanted: int) -> dict[str, int]:
+    # how many of the oldest `wanted` bytes that could be stolen are whose
+    sizes = dict.fromkeys((view.name for view in views), 0)
+    for classes in itertools.zip_longest(*(view.stealable for view in views), fillvalue=0):
+        if wanted <= 0:
+            break
+        here = [min(size, v.footprint - sizes[v.name]) for size, v in zip(classes, views, strict=True)]
+        total = sum(here)
+        for view, size in zip(views, here, strict=True):
+            sizes[view.name] += size if total <= wanted else -(-size * wanted // total)
+        wanted -= total
+    return sizes
 
 
 class Budget:
@@ -214,6 +241,11 @@ class Budget:
         self._settled(guest, ask.request, freed, size)
 
     def _settled(self, guest: _Guest, request: Request, freed: int, size: int) -> None:
+        if request is Request.STEAL:
+            guest.short = freed < size // 2
+            if not guest.short:  # there may be more: the next line waits for it
+                guest.tried.discard(request)
+                return
         guest.tried.add(request)
         if request is Request.EPOCH and freed < size // 2:
             guest.age = max(guest.age / 2, self.youngest)
@@ -271,6 +303,8 @@ class Budget:
         # down to the level below, or to where this one is over, so that the next frame doesn't ask again
         over = self.limits.low - self.limits.low // _CALM
         target = {Level.LOW: over, Level.HIGH: min(self.limits.low, over), Level.MAX: self.limits.high}[level]
+        if request is Request.STEAL:
+            return self._steals(now, able, total - target)
         return self._swaps(now, able, total - target)
 
     def _make(self, now: float, name: str, request: Request, size: int, deadline: float) -> Ask:
@@ -313,6 +347,24 @@ class Budget:
         for view in left:
             self._guests[view.name].purged = now
         return [self._make(now, view.name, Request.PURGE, view.footprint, self.deadline) for view in left]
+
+    def _steals(self, now: float, able: list[GuestView], wanted: int) -> list[Ask]:
+        # Of each guest what it has of the oldest `wanted` bytes of all. What a guest says it has is its own word: never
+        # more than its footprint counts, and who had less the last time comes after all others.
+        asks = []
+        for view in able:
+            if not any(view.stealable):
+                self._guests[view.name].tried.add(Request.STEAL)
+        pending = [self._guests[view.name].pending.get(Request.STEAL) for view in able]
+        left = wanted - sum(under_way[1] for under_way in pending if under_way)
+        for short in (False, True):
+            those = [view for view in able if self._guests[view.name].short is short]
+            for name, size in _oldest(those, left).items():
+                left -= size
+                if size >= 4096 and Request.STEAL not in self._guests[name].pending:
+                    step = min(size, self.step)
+                    asks.append(self._make(now, name, Request.STEAL, step, max(self.deadline, 10.0)))
+        return asks
 
     def _swaps(self, now: float, able: list[GuestView], wanted: int) -> list[Ask]:
         # the largest first, each by a step

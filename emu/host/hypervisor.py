@@ -40,6 +40,8 @@ class Hypervisor:
         self.discard = Discard(ram, self.aside, on_return)
         self.balloon = Balloon(ram.frames, self.discard)
         self.inactive = InactiveDevice(ram.frames, self.aside)
+        #: guest seconds of an idle age: between two scans of accessed bits
+        self.idle_period = 0.0
         self.working_set: WorkingSet | None = None
         #: what a mechanism holds the footprint to, and by
         self.gate: Gate | None = None
@@ -106,6 +108,7 @@ class Hypervisor:
         """Scan accessed bits each so many guest seconds from now on, so that swap_out() takes what is idle longest."""
         self.ram.track_accesses()
         self.timers.cancel(_IDLE)
+        self.idle_period = period
 
         def scan() -> None:
             self.ram.scan_ages()

@@ -7,12 +7,15 @@ paused.
 from collections.abc import Callable
 from typing import Protocol
 
-from emu.frames import StealPolicy
+from emu.frames import StealPolicy, Usage
 from emu.ram import GuestRam
 from emu.timers import Timers
 from emu.units import FRAME_SIZE
 
-__all__ = ["Stealing"]
+__all__ = ["IDLE_CLASSES", "Stealing"]
+
+#: guest seconds: memory of a class has been idle for at least so long, and less than the class before it
+IDLE_CLASSES = (256, 128, 64, 32, 16, 8, 4, 0)
 
 _PERIOD = 0.25  # guest seconds
 
@@ -21,6 +24,7 @@ class _Host(Protocol):
     ram: GuestRam
     timers: Timers
     now: Callable[[], float]
+    idle_period: float
 
 
 class Stealing:
@@ -43,6 +47,17 @@ class Stealing:
         taken = self._host.ram.steal(-(-size // FRAME_SIZE), policy=policy, seed=self._seed) * FRAME_SIZE
         self.taken += taken
         return taken
+
+    def offer(self) -> list[int]:
+        """Return the bytes that could be taken, what is first taken first: unused ones, then volatile and potentially
+        volatile ones by IDLE_CLASSES."""
+        ram, period = self._host.ram, self._host.idle_period
+        classes = [0] * len(IDLE_CLASSES)
+        for age, frames in enumerate(ram.stealable((Usage.VOLATILE, Usage.POTENTIALLY_VOLATILE))):
+            if frames:
+                classes[next(i for i, least in enumerate(IDLE_CLASSES) if age * period >= least)] += frames
+        unused = sum(ram.stealable((Usage.UNUSED,)))
+        return [frames * FRAME_SIZE for frames in (unused, *classes)]
 
     def _again(self) -> None:
         self._host.timers.at(self._host.now() + _PERIOD, self._look, self)

@@ -56,6 +56,7 @@ class GuestResult:
     peak_rss_bytes: int = 0
     swap_out_bytes: int = 0
     swap_in_bytes: int = 0
+    stolen_bytes: int = 0
     throttled: int = 0
     throttled_seconds: float = 0.0
     verified_frames: int = 0

@@ -17,6 +17,10 @@ def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+def _stolen(result: FleetResult) -> str:
+    return mib_text(sum(guest.stolen_bytes for guest in result.guests))
+
+
 def _row(guest: GuestResult) -> tuple[str, ...]:
     return (
         guest.name,
@@ -44,7 +48,8 @@ def _foot(result: FleetResult) -> list[str]:
     lines = [
         f"max {format_size(result.max_bytes)}: most charged at once {mib_text(result.peak_charged_bytes)} MiB, most "
         f"RSS {mib_text(result.peak_rss_bytes)} MiB (statuses of 0.1 s, added up); "
-        f"{result.rss_byte_seconds / 2**30 / 60:.2f} GiB*min of RSS; swap traffic {mib_text(result.swap_bytes)} MiB; "
+        f"{result.rss_byte_seconds / 2**30 / 60:.2f} GiB*min of RSS; stolen {_stolen(result)} MiB; "
+        f"swap traffic {mib_text(result.swap_bytes)} MiB; "
         f"{result.seconds:.1f} s",
         f"asked for: {'; '.join(asked) or 'nothing'}",
         f"most in any second: {mib_text(int(result.peak_evicted_rate))} MiB of cache evicted, "

@@ -129,6 +129,36 @@ def test_the_lines_of_defence_come_in_order(tmp_path):
     assert first.get("purge", 0) < first.get("swap", 1e9)
 
 
+def test_stealing_across_guests_goes_by_age_and_before_any_swap(tmp_path):
+    """Of two guests full of cache the one that doesn't use it pays for a third that needs memory; nobody is swapped."""
+    (tmp_path / "tree").mkdir()
+    for i in range(20):
+        (tmp_path / "tree" / f"f{i}").write_bytes(random.Random(i).randbytes(4 * MIB))
+
+    def cached(name, working_set):
+        args = {
+            "path": str(tmp_path / "tree"),
+            "hold": "60s",
+            "memory": "16MiB",
+            "working_set": working_set,
+            "every": "2s",
+        }
+        return guest(name=name, mechanism="cmm2:scan=1s", workload="cache", start="0s", args=args)
+
+    hog = guest(name="hog", mechanism="cmm2", start="5s", args={"size": "96MiB", "rounds": 1, "hold": "30s"})
+    guests = [cached("idle", 0), cached("busy", 1.0), hog]
+    result = run_fleet(read_fleet(fleet(tmp_path, guests, max="260MiB", step="16MiB")))
+    assert result.ok, [(g.name, g.state, g.detail) for g in result.guests]
+    idle, busy, _ = result.guests
+    assert idle.corrupt_frames == busy.corrupt_frames == 0
+    assert result.asked["steal"] > 0
+    assert result.freed["steal"] >= 20 * MIB
+    assert idle.stolen_bytes > 2 * busy.stolen_bytes
+    assert result.swap_bytes == 0
+    assert result.peak_charged_bytes <= 260 * MIB + 2 * MIB * 3
+    assert "purge" not in result.first
+
+
 @pytest.mark.parametrize("how", ["kill", "stop"])
 def test_a_guest_that_dies_or_hangs_is_its_own_loss(tmp_path, how):
     """Its memory goes back to the budget, the others end well, and the report says so."""
@@ -179,7 +209,7 @@ n = 0
 def send(m):
     global n; n += 1; s.sendall(encode(m, n))
 send(Hello(name=told["name"], token=told["token"], pid=os.getpid(), can=["epoch", "purge", "swap"]))
-status = {{k: 0 for k in Status.model_fields if k not in ("type", "t")}}
+status = {{k: 0 for k in Status.model_fields if k not in ("type", "t")}} | {{"stealable": []}}
 {body}
 """
 

@@ -178,7 +178,7 @@ def test_orders_and_limits_that_cant_be():
     for text in ("", "epoch", "epoch@top", "swap@high>swap@max", "purge@max > epoch@low", "x@low"):
         with pytest.raises(BadValue):
             parse_order(text)
-    assert [line.level for line in parse_order(DEFAULT_ORDER)] == ["low", "high", "max"]
+    assert [line.level for line in parse_order(DEFAULT_ORDER)] == ["low", "low", "high", "max"]
     for low, high, most in ((0, 1, 1), (2, 1, 3), (1, 4, 3)):
         with pytest.raises(BadValue):
             Limits(low, high, most)
@@ -244,3 +244,58 @@ def test_the_answer_to_an_old_request_isnt_one_to_the_new():
     budget.answered(new, new.size)
     (third,) = budget.decide(5.0, views(850))
     assert third.age == age
+
+
+def stealers(*classes):
+    return [GuestView(f"g{i}", 300 * MIB, ALL, tuple(n * MIB for n in mine)) for i, mine in enumerate(classes)]
+
+
+def sizes(asks):
+    return {ask.guest: ask.size // MIB for ask in asks if ask.request is Request.STEAL}
+
+
+def test_what_is_oldest_of_all_guests_is_stolen():
+    """Unused memory first, whoever's; then class by class; of the last one each gives its share."""
+    budget = Budget(LIMITS, step=512 * MIB)
+    # 900 of 800 - a 64th: 112.5 over
+    asks = budget.decide(0.0, stealers((0, 60, 5, 90), (30, 0, 10, 60), (0, 0, 0, 0)))
+    assert sizes(asks) == {"g0": 60 + 5 + 4, "g1": 30 + 10 + 3}
+    assert set(kinds(asks)) == {Request.STEAL}  # nobody else is asked for anything while that goes on
+    assert sum(sizes(asks).values()) == 112
+    assert sizes(budget.decide(0.1, stealers((0, 60, 5, 90), (30, 0, 10, 60), (0, 0, 0, 0)))) == {}  # under way
+
+
+def test_a_guest_is_stolen_from_by_steps_and_again_while_it_gives():
+    budget = Budget(LIMITS, step=32 * MIB, period=1.0)
+    now, stolen, first_epoch, seen = 0.0, 0, None, []
+    while now < 3:
+        now += 0.05
+        over = 1000 * MIB - stolen
+        view = GuestView("g", over, ALL, (0, max(100 * MIB - stolen, 0)))
+        for ask in budget.decide(now, [view]):
+            if ask.request is Request.STEAL:
+                assert first_epoch is None
+                assert ask.size <= 32 * MIB
+                gives = min(ask.size, 100 * MIB - stolen)
+                stolen += gives
+                budget.answered(ask, gives)
+            elif ask.request is Request.EPOCH:
+                first_epoch = first_epoch or now
+                seen.append(stolen)
+    assert stolen == 100 * MIB
+    assert seen[0] == 100 * MIB  # it was asked for cache only when nothing could be taken any more
+
+
+def test_who_gives_less_than_it_said_is_believed_no_longer():
+    """One that lies about what could be stolen holds nobody up."""
+    budget = Budget(LIMITS, step=64 * MIB, period=0.5, deadline=1.0)
+    now, seen = 0.0, set()
+    while now < 20:
+        now += 0.05
+        for ask in budget.decide(now, [GuestView("liar", 1024 * MIB, ALL, (1 << 40,))]):
+            seen.add(ask.request)
+            budget.answered(ask, 0)
+    assert seen == set(Request)
+    honest = GuestView("honest", 100 * MIB, ALL, (0, 50 * MIB))
+    asks = budget.decide(now + 30, [GuestView("liar", 1024 * MIB, ALL, (1 << 40,)), honest])
+    assert sizes(asks)["honest"] == 50

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from emu.fleet.wire import MAX_FRAME, VERSION, Answer, Ask, Bad, Done, Frames, Go, Hello, Row, Status, Stop, encode
 
-STATUS = {name: 1 for name in Status.model_fields if name not in ("type", "t")} | {"t": 1.0}
+STATUS = {name: 1 for name in Status.model_fields if name not in ("type", "t")} | {"t": 1.0, "stealable": [1, 2]}
 GOOD = [
     Hello(name="vm", token="a" * 32, pid=5, can=["epoch"]),
     Status(**STATUS),
