@@ -1,6 +1,8 @@
 """CMM2 on real pages: what the guest says, what the host takes, and that nobody ever reads a stale or a zero byte."""
 
 import random
+import re
+import sys
 
 import pytest
 
@@ -55,10 +57,22 @@ def test_a_paused_guest_is_stolen_from(tree, policy, service):
         assert m.rss_bytes >= cached == 24 * MIB
         assert by_usage(m)[Usage.VOLATILE] * PAGE == cached
         rss, calls, vmstat = m.rss_bytes, m.ram.stats()["vcpu_calls"], dict(m.guest.vmstat)
+        called, fired = set(), []
+        m.guest.timers.at(m.clock.now() + 1, lambda: fired.append(m.clock.now()), fired)
         with m.guest.paused():
-            assert m.host.steal("16MiB", policy) == 16 * MIB
-            m.run_for(5)  # guest seconds in which no timer of the guest runs
+            sys.setprofile(lambda frame, event, _: event == "call" and called.add(frame.f_code))
+            stolen = m.host.steal("16MiB", policy)
+            m.run_for(5)  # guest seconds: the host's timers run, and none of the guest's
+            sys.setprofile(None)
+            assert stolen == 16 * MIB
             assert m.rss_bytes == rss - 16 * MIB
+            assert fired == []
+        assert [code for code in called if "/emu/host/stealing" in code.co_filename]  # it saw what ran
+        ran = {code.co_name for code in called if re.search("/emu/(guest|virtio)/", code.co_filename)}
+        # the machine asks the guest for its timers, and is told that it has none
+        assert ran <= {"next_timer", "run_timers", "locked", "__enter__", "__exit__"}
+        m.run_for(1)
+        assert len(fired) == 1
         assert (m.guest.cached_bytes, m.guest.free_bytes) == (cached, free)
         assert m.ram.stats()["vcpu_calls"] == calls
         assert m.guest.vmstat == vmstat

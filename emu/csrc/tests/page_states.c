@@ -4,6 +4,9 @@
 #include "harness.h"
 #include "memmap.h"
 
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { FRAMES = 256 };
@@ -220,10 +223,144 @@ static int forms(void)
 	return 0;
 }
 
+/* Pages in a row are said of eight at a time: the same states, the same counts, and nothing is left stable unheld. */
+static int in_a_row(void)
+{
+	struct emu_range runs[8];
+	struct guest g;
+	size_t n;
+
+	if (!boot(&g, 0))
+		return SKIPPED;
+	read_in(&g, 45, 30);
+	CHECK_EQ(moved(&g, EMU_CAUSE_READ, EMU_STABLE, EMU_VOLATILE), 30);
+	CHECK_EQ(get(&g, 46, 29), 29);
+	for (uint32_t pfn = 46; pfn < 75; pfn++)
+		CHECK_EQ(usage(&g, pfn), EMU_STABLE);
+	CHECK_EQ(moved(&g, EMU_CAUSE_LOOKUP, EMU_VOLATILE, EMU_STABLE), 29);
+	CHECK_EQ(get(&g, 60, 1), 1); /* a second reference: that page stays */
+	CHECK_EQ(emu_pages_put(g.m, AT(46, 29, 0)), 0);
+	for (uint32_t pfn = 45; pfn < 75; pfn++)
+		CHECK_EQ(usage(&g, pfn), pfn == 60 ? EMU_STABLE : EMU_VOLATILE);
+	CHECK_EQ(moved(&g, EMU_CAUSE_PUT, EMU_STABLE, EMU_VOLATILE), 28);
+	CHECK_EQ(emu_pages_put(g.m, AT(60, 1, 0)), 0);
+	/* readahead's mark ends a lookup in the middle of eight */
+	CHECK_EQ(emu_space_flag(g.m, g.s, 50, 51, EMU_PG_READAHEAD, 0), 1);
+	CHECK_EQ(emu_space_lookup(g.m, g.s, 48, 20, EMU_LOOKUP_GET | EMU_LOOKUP_READAHEAD, runs, 8, &n), 3 | EMU_LOOKUP_MARKER);
+	for (uint32_t pfn = 48; pfn < 68; pfn++)
+		CHECK_EQ(usage(&g, pfn), pfn <= 50 ? EMU_STABLE : EMU_VOLATILE);
+	CHECK_EQ(emu_pages_put(g.m, AT(48, 3, 0)), 0);
+	/* and so does the end of the room for runs, before a page that lies elsewhere */
+	read_in(&g, 80, 1);
+	CHECK_EQ(emu_space_remove(g.m, g.s, 75, 81, EMU_REMOVE_TRUNCATE, &(uint32_t){ 0 }, 1), 1);
+	CHECK_EQ(emu_space_insert(g.m, g.s, AT(80, 1, 75), 0), 0);
+	CHECK_EQ(emu_space_lookup(g.m, g.s, 72, 4, EMU_LOOKUP_GET, runs, 1, &n), 3);
+	CHECK_EQ(usage(&g, 80), EMU_VOLATILE);
+	CHECK_EQ(emu_pages_put(g.m, AT(72, 3, 0)), 0);
+	halt(&g);
+	return 0;
+}
+
+/* ---- a race made on purpose: the host steals between a lookup and the use of what it found */
+
+struct race {
+	struct guest g;
+	_Atomic int stop;
+	_Atomic uint64_t turns;
+};
+
+static uint64_t next(uint64_t *rng)
+{
+	*rng ^= *rng << 13;
+	*rng ^= *rng >> 7;
+	*rng ^= *rng << 17;
+	return *rng;
+}
+
+static void *host(void *arg)
+{
+	struct race *race = arg;
+	uint64_t rng = 5;
+
+	while (!atomic_load(&race->stop)) {
+		CHECK(emu_steal_some(race->g.rig->r, 1 + next(&rng) % 6, 1u << EMU_VOLATILE | 1u << EMU_UNUSED,
+		                     (int)(next(&rng) % 3), next(&rng)) >= 0);
+		/* every few lookups, at any moment of one: without a pause next to nothing would ever be found */
+		for (uint64_t until = atomic_load(&race->turns) + next(&rng) % 24, i = next(&rng) % 4000;
+		     (atomic_load(&race->turns) < until || i--) && !atomic_load(&race->stop);)
+			;
+	}
+	return NULL;
+}
+
+/* Page `index` is gone: out of the cache, and read from the disk again. */
+static void again(struct guest *g, uint32_t index)
+{
+	CHECK_EQ(emu_space_remove(g->m, g->s, index, index + 1, EMU_REMOVE_TRUNCATE, &(uint32_t){ 0 }, 1), 1);
+	CHECK_EQ(emu_pages_release(g->m, AT(index, 1, 0)), 0);
+	read_in(g, index, 1);
+}
+
+static int a_lookup_against_a_host_that_steals(void)
+{
+	const char *seconds = getenv("STORM");
+	const uint64_t len = (uint64_t)((seconds ? atof(seconds) : 0.5) * 1e9);
+	uint64_t rng = 9, read = 0, gone = 0, told = 0, started;
+	struct race race = { 0 };
+	struct guest *g = &race.g;
+	pthread_t thread;
+
+	if (!boot(g, 0))
+		return SKIPPED;
+	read_in(g, 0, FRAMES);
+	CHECK_EQ(pthread_create(&thread, NULL, host, &race), 0);
+	started = emu_now_ns();
+	while (emu_now_ns() - started < len || ((!gone || !told) && emu_now_ns() - started < 20000000000u)) {
+		const uint32_t first = (uint32_t)(next(&rng) % FRAMES), count = 1 + (uint32_t)(next(&rng) % 40);
+		const bool get = next(&rng) % 4;
+		struct emu_range runs[64];
+		uint64_t bad;
+		size_t n;
+		int64_t k = emu_space_lookup(g->m, g->s, first, count, get ? EMU_LOOKUP_GET : 0, runs, 64, &n);
+		const uint32_t found = (uint32_t)(k & 0xffff);
+
+		atomic_fetch_add(&race.turns, 1);
+		for (size_t i = 0; i < n; i++) {
+			const int err = rig_run(g->rig, EMU_VERIFY, runs[i].gfn, runs[i].count, 3, 1, &bad);
+
+			if (!err) {
+				CHECK_EQ(bad, 0);
+				read += runs[i].count;
+				continue;
+			}
+			CHECK(!get && err == -ENODATA); /* a minor fault's way: told when it is used, and never by zeros */
+			told++;
+			again(g, (uint32_t)bad);
+			break;
+		}
+		if (get)
+			CHECK_EQ(emu_pages_put(g->m, runs, n), 0);
+		if (k & EMU_LOOKUP_GONE) {
+			gone++;
+			again(g, first + found);
+		}
+	}
+	atomic_store(&race.stop, 1);
+	CHECK_EQ(pthread_join(thread, NULL), 0);
+	fprintf(stderr, "  %llu pages read after a lookup; %llu found gone by it, %llu by their use\n",
+	        (unsigned long long)read, (unsigned long long)gone, (unsigned long long)told);
+	CHECK(read && gone && told);
+	rig_check_books(g->rig);
+	halt(g);
+	return 0;
+}
+
 const struct test page_states_tests[] = {
 	{ "page states: the eleven conditions", the_eleven_conditions },
 	{ "page states: where it is said", where_it_is_said },
 	{ "page states: a page that is gone", a_page_that_is_gone },
 	{ "page states: forms", forms },
+	{ "page states: in a row", in_a_row },
+	{ "page states: a lookup against a host that steals", a_lookup_against_a_host_that_steals },
 	{ NULL, NULL },
 };
