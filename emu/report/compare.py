@@ -67,6 +67,8 @@ def _total_cells(row: Mapping[str, Any]) -> dict[str, str]:
         "faults": sum_of("pgfault"),
         "installs": sum_of("install_frames"),
         "back": mib_text(sum(counters.get(name, 0) for name in _BACK) * 4096),
+        "swap out": mib_text(counters.get("swap_out_frames", 0) * 4096),
+        "swap in": mib_text(counters.get("swap_in_frames", 0) * 4096),
         "scanned": sum_of("guest_pgscan_kswapd", "guest_pgscan_direct", "aging_scanned"),
         "reports": sum_of("reports"),
         "worked": sum_of(*_WORKED),
