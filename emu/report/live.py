@@ -40,17 +40,15 @@ are, small when it is mixed (a comma for a dot). What the host doesn't hold
 is a dot, whoever has it in the guest.
 RSS and LazyFree are the kernel's. RSS~: with more than 512 MiB of pages,
 asked where something may have changed, and in rotation elsewhere.
+books: RSS minus what our frame states say. It must be 0.
 Under the map: the stages in the order in which memory goes, and what went
 from one to the next (and to others, in the line below), MiB a guest second.
+States: what the guest says (Stable, Unused, Potentially volatile, Volatile)
+by what the host holds (r in memory, p stored, z nothing); /s: frames said.
 flagged: free memory with the Reported flag, which lasts until it is used.
-States (CMM2): what the guest says (Stable, Unused, Potentially volatile,
-Volatile) by what the host holds (r in memory, p stored, z nothing); /s:
-frames that the guest has said it of, a guest second.
-books: RSS minus what our frame states say. It must be 0.
 Rates are per guest second, over the last two. Latencies are of one fault
 in eight, as the faulting vCPU saw it.
-The view stops the guest's clock while it looks and draws: that takes wall
-time, and none of the guest's."""
+The view stops the guest's clock while it looks: wall time, no guest time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,8 @@ def test_rows_are_measured_beside_their_references_and_compared(tmp_path):
         (["touch", "--compare", "/proc/self/status"], "isn't JSON"),
         (["touch", "-o", "/nonexistent/x.json"], "no folder /nonexistent"),
         (["touch", "-o", "/tmp"], "is a folder"),
+        (["touch", "--transition", "1us"], "is for emu bench cmm2"),
+        (["cmm2", "--transition", "fast"], "transition"),
     ],
 )
 def test_bad_input_is_one_line(arguments, words):
@@ -87,4 +89,5 @@ def test_rows_open_measure_and_close(monkeypatch):
         for row in quick:
             result = run_row(row, stage, 1)
             assert result.error is None or "second core" in result.error or "can't be had" in result.error, row.name
-            assert result.error is not None or result.ours.median > 0
+            # what page states add is a difference of two times, which may be smaller than what disturbs them
+            assert result.error is not None or result.ours.median > 0 or row.name.startswith("cmm2-")

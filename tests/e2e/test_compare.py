@@ -160,3 +160,57 @@ def test_workloads_run_and_leave_nothing(tree, tmp_path, words):
     if words[0] == "grep":
         assert re.search(r"^12(\.00)? matches: of 'needle'", done.stdout, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.uffd
+@pytest.mark.inline
+def test_what_a_guest_says_of_its_pages_is_counted_priced_and_shown(tree):
+    """A grep leaves nearly all of the cache volatile; the host takes, and no page of the guest's is handled for it."""
+    words = ["grep", "--path", tree, "--ram", "96MiB", "--memory", "4MiB", "--hold", "9s", "--speed", "step"]
+    done = emu("compare", *words, "-m", "reporting", "-m", "cmm2:max=8MiB", "-m", "swap", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    reporting, cmm2, swap = result["rows"]
+    boot, grep, after = (phase["usages"] for phase in cmm2["phases"][:3])
+    assert boot["S"] == {"r": 1024, "p": 0, "z": 0}
+    assert sum(n for held in grep.values() for n in held.values()) == 96 * 256
+    pages = 12 * 245
+    assert grep["V"] == {"r": pages, "p": 0, "z": 0}
+    assert grep["V"]["r"] / sum(held["r"] for held in grep.values()) >= 0.7
+    assert after["V"]["z"] > 1000
+    assert after["V"]["r"] + after["V"]["z"] == pages
+    counters = cmm2["counters"]
+    assert counters["usage_said"] - counters["said_other"] == counters["said_alloc"] + counters["said_read"] + (
+        counters["said_lookup"] + counters["said_put"]
+    )
+    prices, by_hooks = result["prices"], counters["usage_said"] - counters["said_other"]
+    native = (
+        counters["guest_pgaccess"] * prices["read"]
+        + counters["guest_pgfault"] * prices["fault"]
+        + counters["guest_pgfree"] * prices["free"]
+        + counters["guest_pgpgin"] // 4 * prices["fill"]
+    )
+    assert cmm2["said_share"] == pytest.approx(by_hooks * prices["transition"] / native)
+    assert "usage_said" not in reporting["counters"]
+    assert reporting["phases"][0]["usages"] is None
+    assert any("nothing was swapped" in note for note in swap["notes"])
+    text = emu("compare", *words, "-m", "cmm2:max=8MiB", "-m", "reporting").stdout.splitlines()
+    head = next(i for i, line in enumerate(text) if line.startswith("over the run") and "worked" in line)
+    totals = {line.split()[0]: line.split() for line in text[head + 1 : head + 3]}
+    columns = re.split(r"\s+", text[head].replace("over the run", "run").replace("of native", "of_native"))
+    worked = columns.index("worked")
+    assert totals["cmm2:max=8MiB"][worked] == "0"
+    assert int(totals["reporting"][worked].replace(",", "")) > 10_000
+    assert totals["cmm2:max=8MiB"][columns.index("of_native")].startswith("~")
+
+
+@pytest.mark.uffd
+@pytest.mark.inline
+def test_the_table_of_states_is_in_the_shape_of_the_patches(tree):
+    done = emu("run", "grep", "--path", tree, "--ram", "96MiB", "--memory", "4MiB", "--hold", "0", "-m", "cmm2")
+    assert done.returncode == 0, done.stderr
+    head = next(line for line in done.stdout.splitlines() if line.startswith("4 KiB pages by state"))
+    assert head.split()[5:] == ["Sr", "Sp", "Sz", "Ur", "Uz", "Pr", "Vr", "Vz", "resident", "Vr", "/", "resident"]
+    row = next(line for line in done.stdout.splitlines() if line.startswith("pass 1") and line.endswith("%"))
+    assert row.split()[-11:] == ["1,024", "0", "0", "0", "20,612", "0", "2,940", "0", "3,964", "74.2", "%"]
+    assert "transitions (" in done.stdout

@@ -1,14 +1,18 @@
 """report.live: the view's lines, from snapshots alone; and Machine.watch, pause, speed, mechanisms that are
 switched."""
 
+from dataclasses import replace
+
 import pytest
 from rich.console import Console, Group
 
 from emu.clock import ScaledClock, StepClock
 from emu.errors import BadValue
+from emu.frames import Usage
 from emu.machine import Machine
 from emu.observe.pagemap import Stage
-from emu.report.live import LiveState, compose, map_cells, plain_line
+from emu.observe.usages import UsageView
+from emu.report.live import HELP, LiveState, compose, map_cells, plain_line
 from emu.report.table import mib_text
 from emu.workloads import Step
 from emu.workloads.runner import Stopped, run
@@ -286,3 +290,32 @@ def test_a_run_that_is_stopped_counts_up_to_the_last_picture():
         assert result.phases[-1].t == heard[-1].t == 10
         assert result.used_byte_seconds == 10 * (16 << 20)
         assert result.error is None
+
+
+def test_the_help_fits_the_smallest_terminal():
+    lines = HELP.splitlines()
+    assert len(lines) <= 24 - 2
+    assert max(map(len, lines)) <= 78
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_page_states_are_a_matrix_of_guest_by_host(width):
+    """Every cell is there, whatever the terminal's width, and the free blocks beside it where there is room."""
+    frames = {Usage.STABLE: (4608, 256, 0), Usage.UNUSED: (3, 0, 1 << 28), Usage.VOLATILE: (230_000, 0, 12_345_678),
+              Usage.POTENTIALLY_VOLATILE: (0, 0, 0)}  # fmt: skip
+    state = LiveState("x")
+    with Machine("64MiB", "none", clock=StepClock(), uffd="off") as m:
+        for t, said in ((1.0, 1000), (2.0, 13_400)):
+            usages = UsageView(frames, {(Usage.STABLE, Usage.VOLATILE): said}, {}, 0, 0)
+            state.add(replace(m.snapshot(), t=t, clock="x1", usages=usages))
+    text = [line.plain for line in compose(state, width, 24)]
+    head = next(i for i, line in enumerate(text) if "states, and said" in line)
+    rows = [line[text[head].index("states") - 1 :].split() for line in text[head + 1 : head + 6]]
+    assert rows[0][:4] == ["r", "p", "z", "/s"]
+    assert [row[:5] for row in rows[1:]] == [
+        ["S", "18M", "1.0M", "0", "0"],
+        ["U", "12K", "0", "1.0T", "0"],
+        ["P", "0", "0", "0", "0"],
+        ["V", "898M", "0", "47G", "12k"],
+    ]
+    assert ("free blocks" in text[head]) == (width == 120)
