@@ -503,7 +503,7 @@ int emu_space_destroy(struct emu_memmap *m, struct emu_space *s); /* -EBUSY: it 
 #define EMU_LOOKUP_READAHEAD 4u  /* end after a page with PG_readahead */
 #define EMU_LOOKUP_BACKWARD 8u   /* only count, from first down */
 #define EMU_LOOKUP_ABSENT 16u    /* only count, the pages that aren't there */
-#define EMU_LOOKUP_GET 32u       /* take a reference to each, which emu_pages_put() drops */
+#define EMU_LOOKUP_GET 32u       /* take a reference to each, which emu_pages_put() drops; -EOVERFLOW: it has too many */
 #define EMU_LOOKUP_WHY 8         /* from this bit on: the cause of making it stable; 0: EMU_CAUSE_LOOKUP */
 #define EMU_LOOKUP_GONE (1 << 29) /* in the answer: the page after these is in the cache, but the host has taken it */
 #define EMU_LOOKUP_MARKER (1 << 30) /* in the answer: the last page has PG_readahead */

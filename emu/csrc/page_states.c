@@ -248,6 +248,8 @@ int emu_pages_mlock(struct emu_memmap *m, const struct emu_range *ranges, size_t
 
 			if (!p->pins || p->space == NO_SPACE)
 				return -EINVAL;
+			if (p->pins == UINT16_MAX)
+				return -EOVERFLOW;
 		}
 	for (size_t i = 0; i < n; i++)
 		for (uint64_t k = 0; k < ranges[i].count; k++) {

@@ -215,6 +215,10 @@ int64_t emu_space_lookup(struct emu_memmap *m, struct emu_space *s, uint64_t fir
 	for (; k < count && (pfn = frame_at(s, first + k)) >= 0; k++) {
 		if (runs && *nr_runs == cap && !joins(runs, *nr_runs, (uint32_t)pfn, first + k))
 			break;
+		if (how & EMU_LOOKUP_GET && page_of(m, (uint32_t)pfn)->pins == UINT16_MAX) {
+			flags = k ? 0 : -EOVERFLOW; /* try_get_page() */
+			break;
+		}
 		if (how & EMU_LOOKUP_GET) {
 			if (k == stable && in_a_row(s, first + k, count - k, (uint32_t)pfn) &&
 			    emu_pages_make_stable8(m, (uint32_t)pfn, cause))
@@ -244,7 +248,7 @@ int64_t emu_space_lookup(struct emu_memmap *m, struct emu_space *s, uint64_t fir
 	emu_states_end(m);
 	if (how & EMU_LOOKUP_MARK)
 		m->stats.pgaccess += (int64_t)k;
-	return (int64_t)k | flags;
+	return flags < 0 ? flags : (int64_t)k | flags;
 }
 
 int emu_space_insert(struct emu_memmap *m, struct emu_space *s, const struct emu_range *ranges, size_t n, unsigned how)

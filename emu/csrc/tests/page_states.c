@@ -261,6 +261,30 @@ static int in_a_row(void)
 	return 0;
 }
 
+/* A page has so many references and no more: one too many is refused, and nothing wraps. */
+static int too_many_references(void)
+{
+	struct emu_range run;
+	struct guest g;
+	size_t n;
+
+	if (!boot(&g, 0))
+		return SKIPPED;
+	read_in(&g, 30, 2);
+	for (int i = 0; i < UINT16_MAX; i++)
+		CHECK_EQ(get(&g, 31, 1), 1);
+	CHECK_EQ(get(&g, 31, 1), -EOVERFLOW);
+	CHECK_EQ(emu_pages_mlock(g.m, AT(31, 1, 0)), -EOVERFLOW);
+	CHECK_EQ(emu_space_lookup(g.m, g.s, 30, 2, EMU_LOOKUP_GET, &run, 1, &n), 1); /* what is before it can be had */
+	CHECK_EQ(emu_pages_put(g.m, &run, n), 0);
+	CHECK_EQ(page_of(g.m, 31)->pins, UINT16_MAX);
+	for (int i = 0; i < UINT16_MAX; i++)
+		CHECK_EQ(emu_pages_put(g.m, AT(31, 1, 0)), 0);
+	CHECK_EQ(usage(&g, 31), EMU_VOLATILE);
+	halt(&g);
+	return 0;
+}
+
 /* ---- a race made on purpose: the host steals between a lookup and the use of what it found */
 
 struct race {
@@ -361,6 +385,7 @@ const struct test page_states_tests[] = {
 	{ "page states: a page that is gone", a_page_that_is_gone },
 	{ "page states: forms", forms },
 	{ "page states: in a row", in_a_row },
+	{ "page states: too many references", too_many_references },
 	{ "page states: a lookup against a host that steals", a_lookup_against_a_host_that_steals },
 	{ NULL, NULL },
 };
