@@ -103,6 +103,7 @@ class GuestProcess:
         self._takes: queue.SimpleQueue[tuple[Ask, float]] = queue.SimpleQueue()
         self._offer: list[int] = []
         self._offer_due = 0.0
+        self._steals = 0
 
     @property
     def can(self) -> list[Literal["steal", "epoch", "purge", "swap"]]:
@@ -112,7 +113,7 @@ class GuestProcess:
             can.append("steal")
         if self.machine.guest.pressure is not None:
             can += ["epoch", "purge"]
-        if self.machine.ram.has_store or self.machine.host.stealing is not None:
+        if self.machine.ram.has_store:
             can.append("swap")
         return can
 
@@ -184,9 +185,11 @@ class GuestProcess:
         # a walk over all frames in memory: not for every status
         if self.machine.host.stealing is None:
             return []
+        steals = self._steals
         if time.monotonic() >= self._offer_due:
             self._offer = self.machine.host.stealing.offer()
-            self._offer_due = time.monotonic() + _OFFER
+            # one that was counted while some of it was taken is old already
+            self._offer_due = time.monotonic() + _OFFER if steals == self._steals else 0.0
         return self._offer
 
     def _ask(self) -> None:
@@ -207,6 +210,7 @@ class GuestProcess:
             with contextlib.suppress(EmuError):
                 if time.monotonic() < until:
                     freed = self._take_without_asking(max(ask.size, FRAME_SIZE), swap=ask.request == "swap")
+            self._steals += 1
             self._offer_due = 0.0  # it has less to offer now
             self.link.send(Answer(ask=ask.ask, freed=freed))
 

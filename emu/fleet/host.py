@@ -128,11 +128,23 @@ class _Guest:
     out: bytearray = field(default_factory=bytearray)
     can: frozenset[Request] = frozenset()
     status: Status | None = None
+    #: bytes that could be stolen of it, what goes first first, less what it was asked for since
+    offer: list[int] = field(default_factory=list)
     heard: float = 0.0
     said_hello: bool = False
     going: bool = False
     done: bool = False
     dead: bool = False
+
+
+def _less(offer: list[int], size: int) -> list[int]:
+    # without the first `size` bytes
+    left = []
+    for there in offer:
+        gone = min(there, size)
+        size -= gone
+        left.append(there - gone)
+    return left
 
 
 class _Host:
@@ -319,6 +331,9 @@ class _Host:
         result = guest.result
         if isinstance(message, Status):
             guest.status = message
+            # what it says while it is being stolen from was counted before
+            if not any(g is guest and ask.request is Request.STEAL for g, ask in self.asks.values()):
+                guest.offer = message.stealable
             result.peak_rss_bytes = max(result.peak_rss_bytes, message.rss)
             result.swap_out_bytes, result.swap_in_bytes = message.swap_out, message.swap_in
             result.stolen_bytes = message.stolen
@@ -387,7 +402,7 @@ class _Host:
                 guest.spec.name,
                 self.gate.slot(guest.slot).charged,
                 guest.can,
-                tuple(guest.status.stealable) if guest.status is not None else (),
+                tuple(guest.offer),
             )
             for guest in self.guests
             if not guest.dead
@@ -423,6 +438,8 @@ class _Host:
             self.asks[number] = (guest, ask)
             self.result.first.setdefault(ask.request, self.now)
             within = max(ask.deadline - self.now, 0.0)
+            if ask.request is Request.STEAL:
+                guest.offer = _less(guest.offer, ask.size)
             self.send(guest, Ask(ask=number, request=ask.request.value, size=ask.size, age=ask.age, within=within))
 
     def _sample(self) -> None:

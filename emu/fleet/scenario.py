@@ -31,6 +31,7 @@ from emu.host.discard import parse_return
 from emu.host.mounts import IN_MEMORY, filesystem
 from emu.host.pressure import stall_percent
 from emu.mechanisms import make_mechanism
+from emu.mechanisms.cmm2 import Cmm2Mechanism
 from emu.mechanisms.swap import SwapMechanism
 from emu.units import parse_duration, parse_ram_size, parse_size
 from emu.workloads.registry import make_workload
@@ -104,15 +105,27 @@ class Fleet(_Table):
     @property
     def notes(self) -> list[str]:
         """What a result should say of the settings."""
+        notes = []
         if "swap" in self.order and self.store is None and self.store_memory is None:
-            own = [guest.name for guest in self.guests if not guest.mechanism.startswith(("swap", "cmm2"))]
-            return [f"nothing can be swapped of {', '.join(own)}: no store or store_memory is given"] if own else []
-        return []
+            own = [guest.name for guest in self.guests if not _has_store(guest)]
+            if own:
+                notes.append(f"nothing can be swapped of {', '.join(own)}: no store or store_memory is given")
+        steals = [guest.name for guest in self.guests if guest.mechanism.startswith("cmm2")]
+        if steals and "steal" not in self.order:
+            notes.append(f"nothing is stolen of {', '.join(steals)} before it is swapped: the order has no steal")
+        return notes
 
     @property
     def limits(self) -> Limits:
         """The budget's limits."""
         return Limits.of(self.max, self.low, self.high)
+
+
+def _has_store(guest: Guest) -> bool:
+    mechanism = make_mechanism(guest.mechanism)
+    if isinstance(mechanism, Cmm2Mechanism):
+        return mechanism.memory is not None or mechanism.file is not None
+    return isinstance(mechanism, SwapMechanism)
 
 
 class _Group(_Table):

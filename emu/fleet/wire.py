@@ -33,7 +33,7 @@ __all__ = [
     "encode",
 ]
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME = 4 << 20  # bytes: a result is the largest
 _HEAD = struct.Struct(">I")
 

@@ -20,9 +20,11 @@ A line comes into play only when the lines before it have been tried since the p
 asked has answered, or its deadline has passed. So no purge before the epoch was tried, and nothing is swapped while a
 purge may still help.
 
-Stealing costs its guest nothing at the time, so it goes first, and the next line waits for it as long as it finds
-enough. All guests' stealable memory is one list: unused first, then by how long it has been idle, and what is oldest
-goes, whoever's it is. Each guest's host side takes its own oldest; so it is told how much of what goes is its own.
+Stealing costs its guest nothing at the time, so it goes first, and the next line waits while it helps: as long as the
+footprint of all falls by a step in each deadline. (What a guest answers is its own word, and one that reads again what
+was taken is no help either.) All guests' stealable memory is one list: unused first, then by how long it has been idle,
+and what is oldest goes, whoever's it is. Each guest's host side takes its own oldest; so it is told how much of what
+goes is its own.
 
 An epoch is a point in time: cache last used before it goes. It moves forward while guests have less to give than they
 were asked for, by halving the age, and back to the oldest when the pressure is over. A guest is asked once a period for
@@ -225,6 +227,8 @@ class Budget:
         self.late = dict.fromkeys(Request, 0)
         self.freed = dict.fromkeys(Request, 0)
         self._began: dict[Request, float] = {}
+        #: the least footprint of all since stealing began, by steps, and when it was reached
+        self._least: tuple[int, float] | None = None
 
     def forget(self, name: str) -> None:
         """A guest is gone."""
@@ -268,7 +272,9 @@ class Budget:
                 continue
             for request in line.requests:
                 asks += self._ask(now, request, line.level, total, guests)
-            if not all(self._tried(request, guests) for request in line.requests):
+            if not all(self._tried(request, guests) for request in line.requests) and not (
+                Request.STEAL in line.requests and self._in_vain(now, total)
+            ):
                 break  # the next line waits for this one
         return asks
 
@@ -280,7 +286,15 @@ class Budget:
         threshold = self._stall[level]
         return total > self._limit(level) or (threshold is not None and stall >= threshold)
 
+    def _in_vain(self, now: float, total: int) -> bool:
+        # whether stealing goes on, and all guests together hold as much as before
+        if self._least is None or total <= self._least[0] - self.step:
+            self._least = (total, now)
+        return now - self._least[1] >= self.deadline
+
     def _calm(self, now: float, line: Line) -> None:
+        if Request.STEAL in line.requests:
+            self._least = None
         for request in line.requests:
             self._began.pop(request, None)
             for guest in self._guests.values():
@@ -304,7 +318,8 @@ class Budget:
         over = self.limits.low - self.limits.low // _CALM
         target = {Level.LOW: over, Level.HIGH: min(self.limits.low, over), Level.MAX: self.limits.high}[level]
         if request is Request.STEAL:
-            return self._steals(now, able, total - target)
+            # where a stall calls, and no footprint, a step
+            return self._steals(now, able, total - target if total > target else self.step)
         return self._swaps(now, able, total - target)
 
     def _make(self, now: float, name: str, request: Request, size: int, deadline: float) -> Ask:
@@ -352,9 +367,6 @@ class Budget:
         # Of each guest what it has of the oldest `wanted` bytes of all. What a guest says it has is its own word: never
         # more than its footprint counts, and who had less the last time comes after all others.
         asks = []
-        for view in able:
-            if not any(view.stealable):
-                self._guests[view.name].tried.add(Request.STEAL)
         pending = [self._guests[view.name].pending.get(Request.STEAL) for view in able]
         left = wanted - sum(under_way[1] for under_way in pending if under_way)
         for short in (False, True):
@@ -363,7 +375,11 @@ class Budget:
                 left -= size
                 if size >= 4096 and Request.STEAL not in self._guests[name].pending:
                     step = min(size, self.step)
-                    asks.append(self._make(now, name, Request.STEAL, step, max(self.deadline, 10.0)))
+                    asks.append(self._make(now, name, Request.STEAL, step, self.deadline))
+        for view in able:
+            guest = self._guests[view.name]
+            if Request.STEAL not in guest.pending:  # it has nothing that is wanted
+                guest.tried.add(Request.STEAL)
         return asks
 
     def _swaps(self, now: float, able: list[GuestView], wanted: int) -> list[Ask]:

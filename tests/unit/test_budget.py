@@ -286,6 +286,43 @@ def test_a_guest_is_stolen_from_by_steps_and_again_while_it_gives():
     assert seen[0] == 100 * MIB  # it was asked for cache only when nothing could be taken any more
 
 
+def test_a_liar_that_says_it_gave_holds_nobody_up():
+    """Nor does a guest that reads again what was taken: what counts is what all hold."""
+    budget = Budget(LIMITS, step=64 * MIB, period=0.5, deadline=1.0)
+    now, first = 0.0, {}
+    while now < 20:
+        now += 0.05
+        guests = [GuestView("liar", 100 * MIB, ALL, (0, 90 * MIB)), GuestView("other", 924 * MIB, ALL)]
+        for ask in budget.decide(now, guests):
+            first.setdefault(ask.request, now)
+            budget.answered(ask, ask.size if ask.request is Request.STEAL else 0)
+    assert first[Request.STEAL] < first[Request.EPOCH] <= 1.2
+    assert set(first) == set(Request)
+
+
+def test_a_guest_that_doesnt_answer_a_steal_holds_nobody_up():
+    budget = Budget(LIMITS, step=64 * MIB, period=0.5, deadline=1.0)
+    now, first = 0.0, {}
+    while now < 10:
+        now += 0.05
+        guests = [GuestView("hung", 100 * MIB, ALL, (0, 90 * MIB)), GuestView("other", 924 * MIB, ALL)]
+        for ask in budget.decide(now, guests):
+            first.setdefault(ask.request, now)
+            if ask.guest != "hung":
+                budget.answered(ask, 0)
+    assert first[Request.EPOCH] <= 1.2
+
+
+def test_a_stall_below_the_limits_is_met_by_stealing_and_then_by_the_rest():
+    budget = Budget(LIMITS, step=16 * MIB, period=0.5, deadline=1.0, stall_low=10.0)
+    view = GuestView("g", 750 * MIB, ALL, (0, 100 * MIB))
+    (ask,) = budget.decide(0.0, [view], stall=50.0)
+    assert (ask.request, ask.size) == (Request.STEAL, 16 * MIB)
+    budget.answered(ask, ask.size)
+    seen = {a.request for tick in range(1, 60) for a in budget.decide(tick * 0.05, [view], stall=50.0)}
+    assert Request.EPOCH in seen
+
+
 def test_who_gives_less_than_it_said_is_believed_no_longer():
     """One that lies about what could be stolen holds nobody up."""
     budget = Budget(LIMITS, step=64 * MIB, period=0.5, deadline=1.0)
