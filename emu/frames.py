@@ -51,7 +51,7 @@ class Cause(enum.IntEnum):
 
 
 class Said(enum.IntEnum):
-    """What came of saying it: changed; it was so; it may not be; it was discarded meanwhile, and is stable now."""
+    """What came of saying it: changed; it was so; it may not be; it can't be stable, since it was discarded."""
 
     CHANGED = lib.EMU_SAID
     ALREADY = lib.EMU_SAID_ALREADY

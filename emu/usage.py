@@ -25,7 +25,8 @@ __all__ = ["Sayer", "Transitions", "Usages"]
 class Transitions:
     """Frames since the RAM was opened, by cause.
 
-    moved: from one usage to another; refused: by what was asked for; gone: found discarded when made stable.
+    moved: from one usage to another (what it became: nothing that is called potentially volatile is volatile); refused:
+    by what was asked for; gone: found discarded when it should have been made stable.
     """
 
     moved: dict[Cause, dict[tuple[Usage, Usage], int]]
@@ -72,7 +73,8 @@ class Usages:
     ) -> "tuple[int, array[int]]":
         """Say a usage of frames; return how many changed, and, for STABLE, those that were discarded meanwhile.
 
-        These are stable now, hold nothing, and read as zeros. One caller at a time for a frame.
+        Those stay volatile, and each access to them raises DiscardFault, until they are said to be UNUSED, or wholly
+        overwritten. One caller at a time for a frame.
         """
         batch = ranges if isinstance(ranges, Ranges) else Ranges.of(ranges)
         batch.check(self.frames, disjoint=False)

@@ -278,11 +278,21 @@ static int age_of(const struct emu_access *a, uint64_t gfn)
 	return atomic_load_explicit(&a->bits[gfn], memory_order_relaxed) & EMU_ACCESSED ? 0 : a->age[gfn];
 }
 
-static bool may_go(const struct emu_region *r, uint64_t gfn, unsigned usages)
+/*
+ * Whether a frame may be taken by who asks for these usages.  What nobody needs may be lazily freed, or aside, too; what may be
+ * dirty is looked at only while it is clean or can be stored: else the same ones would come first each time, in vain.
+ */
+static bool may_go(const struct emu_region *r, const struct emu_access *a, uint64_t gfn, unsigned usages)
 {
-	const uint8_t byte = emu_byte_load(r, gfn);
+	const uint8_t byte = emu_byte_load(r, gfn), state = emu_byte_state(byte), usage = emu_byte_usage(byte);
 
-	return emu_byte_state(byte) == EMU_RESIDENT && usages >> emu_byte_usage(byte) & 1;
+	if (!(usages >> usage & 1))
+		return false;
+	if (usage == EMU_POTENTIAL && a && !atomic_load(&r->swap) &&
+	    atomic_load_explicit(&a->bits[gfn], memory_order_relaxed) & EMU_DIRTIED)
+		return false;
+	return state == EMU_RESIDENT || ((state == EMU_LAZY || state == EMU_ASIDE) && !(usages >> EMU_STABLE & 1) &&
+	                                 (usage == EMU_UNUSED || usage == EMU_VOLATILE));
 }
 
 /* Frames from `from` to `end` that are RESIDENT, of these usages, and old enough; of age `cutoff` only *quota of them. */
@@ -297,7 +307,7 @@ static bool pick(const struct emu_region *r, const struct emu_access *a, uint64_
 			gfn += EMU_BLOCK_FRAMES - 1;
 			continue;
 		}
-		if (!may_go(r, gfn, usages) || (age = age_of(a, gfn)) < cutoff || (age == cutoff && !*quota))
+		if (!may_go(r, a, gfn, usages) || (age = age_of(a, gfn)) < cutoff || (age == cutoff && !*quota))
 			continue;
 		if (*n && ret[*n - 1].gfn + ret[*n - 1].count == gfn)
 			ret[*n - 1].count++;
@@ -318,8 +328,13 @@ static void count_ages(const struct emu_region *r, const struct emu_access *a, u
 
 	for (uint64_t block = next_block(r, 0, blocks); block < blocks; block = next_block(r, block + 1, blocks))
 		for (uint64_t gfn = block * EMU_BLOCK_FRAMES; gfn < block_end(r, block); gfn++)
-			if (may_go(r, gfn, usages))
+			if (may_go(r, a, gfn, usages))
 				by_age[a ? age_of(a, gfn) : 0]++;
+}
+
+bool emu_access_may_go(struct emu_region *r, uint64_t gfn, unsigned usages)
+{
+	return may_go(r, access_of(r), gfn, usages);
 }
 
 int emu_access_ages(struct emu_region *r, unsigned usages, uint64_t *ret)

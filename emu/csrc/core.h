@@ -109,6 +109,7 @@ struct emu_region {
 	_Atomic(struct emu_swap *) swap;
 	_Atomic(struct emu_access *) access;
 	_Atomic(struct emu_usages *) usages;
+	atomic_bool telling; /* the guest says what its frames are worth: nothing but steal.c takes what isn't its own to give */
 	_Atomic uint64_t hand; /* where the search for victims goes on */
 	uint32_t disable;
 	_Atomic(struct emu_gate *) gate;
@@ -369,7 +370,7 @@ int emu_find(struct emu_region *r, uint64_t gfn, uint64_t count);
 /* usage.c */
 /* What a call has said; emu_usage_count() adds it to the region's counts. */
 struct emu_usage_tally {
-	uint32_t moved[EMU_NR_USAGES][EMU_NR_USAGES], refused[EMU_NR_USAGES], same, gone;
+	uint32_t moved[EMU_NR_USAGES][EMU_NR_USAGES], refused[EMU_NR_USAGES], gone;
 };
 bool emu_usage_legal(uint8_t usage, uint8_t state);
 int emu_usage_enter(struct emu_region *r);
@@ -404,7 +405,9 @@ void emu_aside_free(struct emu_region *r);
 /* swap.c, swapout.c, swapin.c */
 int emu_swap_in(struct emu_region *r, uint64_t gfn);
 int64_t emu_swap_store(struct emu_region *r, uint64_t gfn, uint64_t end); /* for steal.c */
+bool emu_access_may_go(struct emu_region *r, uint64_t gfn, unsigned usages); /* access.c: whether it might be taken */
 uint64_t emu_swap_forget(struct emu_region *r, uint64_t gfn, uint64_t count);
+bool emu_swap_forget_as(struct emu_region *r, uint64_t gfn, uint8_t usage);
 void emu_swapd_stop(struct emu_region *r);
 void emu_swap_free(struct emu_region *r);
 int64_t emu_swap_table_bytes(struct emu_region *r);

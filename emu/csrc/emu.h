@@ -191,8 +191,8 @@ int emu_usage_tracked(struct emu_region *r);
 int emu_usage_track(struct emu_region *r); /* from now on usages may be said. -EOPNOTSUPP: a lost page can't be told here */
 /*
  * Say `usage` of frames; how many changed, or -errno. EMU_STABLE: up to `cap` of those that were discarded meanwhile are in
- * `gone`, *nr_gone is how many there were: they are stable, hold nothing, and read as zeros. Must not be said of a frame
- * by two threads at once.
+ * `gone`, *nr_gone is how many there were: they stay so until they are called unused, or wholly overwritten. Must not be said
+ * of a frame by two threads at once.
  */
 int64_t emu_usage_set(struct emu_region *r, const struct emu_range *ranges, size_t n, int usage, int cause, uint64_t *gone,
                       size_t cap, size_t *nr_gone);
@@ -206,7 +206,7 @@ enum emu_said {
 	EMU_SAID,         /* it changed */
 	EMU_SAID_ALREADY, /* it was so */
 	EMU_SAID_REFUSED,
-	EMU_SAID_GONE, /* EMU_STABLE: it was discarded meanwhile, is stable now, and reads as zeros */
+	EMU_SAID_GONE, /* EMU_STABLE: it can't be, since it was discarded */
 };
 struct emu_sayer { struct emu_region *region; const uint64_t *gfn; int usage, cause; };
 int emu_usage_one(const struct emu_sayer *s);

@@ -7,7 +7,7 @@
  * is rewritten where those change; the number of frames of each owner is kept with it, so that no figure of the guest's
  * needs a walk.
  *
- * Everything here is lazily populated: a 1 TiB guest has 6 GiB of descriptors, and pays for the ones that it uses.
+ * Everything here is lazily populated: a 1 TiB guest has 7 GiB of descriptors, and pays for the ones that it uses.
  */
 #define _GNU_SOURCE
 #include "memmap.h"

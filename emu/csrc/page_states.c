@@ -68,17 +68,6 @@ static bool say8(struct emu_memmap *m, uint32_t pfn, int usage, int cause)
 	return true;
 }
 
-static void say_run(struct emu_memmap *m, uint32_t pfn, uint64_t n, int usage, int cause)
-{
-	for (const uint32_t end = pfn + (uint32_t)n; pfn < end;) {
-		if (end - pfn >= 8 && say8(m, pfn, usage, cause)) {
-			pfn += 8;
-			continue;
-		}
-		say(m, pfn++, usage, cause);
-	}
-}
-
 /* The eleven. The last one: the cache's reference and the page tables' are known, so any other is a pin. */
 static bool discardable(const struct emu_memmap *m, const struct emu_page *p)
 {
@@ -143,7 +132,9 @@ bool emu_pages_make_stable8(struct emu_memmap *m, uint32_t pfn, int cause)
 /* All pages as they are now: free ones are unused, and of the cache those that may be are volatile. */
 int emu_page_states_on(struct emu_region *r, struct emu_memmap *m, unsigned how)
 {
-	int err = how & ~EMU_STATES_ALL ? -EINVAL : m->t.frames == r->frames ? emu_usage_track(r) : -EINVAL;
+	/* a page that may be written without a word is the host's to ask about */
+	const bool asks = !(how & (EMU_STATES_LIGHT | EMU_STATES_PER_MAPPING));
+	int err = how & ~EMU_STATES_ALL || m->t.frames != r->frames ? -EINVAL : asks && !atomic_load(&r->access) ? -EOPNOTSUPP : emu_usage_track(r);
 
 	if (err)
 		return err;
@@ -161,8 +152,9 @@ int emu_page_states_on(struct emu_region *r, struct emu_memmap *m, unsigned how)
 }
 
 /*
- * All is stable again, and nothing is said from now on.  Up to `cap` pages of the cache that the host has taken are in `gone`
- * (returned is how many there were): the caller's to drop, before anybody reads zeros there.
+ * All is stable again, but pages of the cache that the host has taken: up to `cap` of those are in `gone` (returned is how many
+ * there are), for the caller to drop, and to ask again.  Until they are out of the cache an access to them is a discard fault:
+ * whatever interrupts the caller, nobody reads zeros.  When there is none left, nothing is said from now on.
  */
 int64_t emu_page_states_off(struct emu_memmap *m, uint32_t *gone, size_t cap)
 {
@@ -170,15 +162,23 @@ int64_t emu_page_states_off(struct emu_memmap *m, uint32_t *gone, size_t cap)
 
 	if (emu_states_begin(m))
 		for (uint32_t pfn = 0; pfn < m->t.frames; pfn++) {
-			if (say(m, pfn, EMU_STABLE, EMU_CAUSE_OTHER) != EMU_SAID_GONE || page_of(m, pfn)->space == NO_SPACE)
+			if (say(m, pfn, EMU_STABLE, EMU_CAUSE_OTHER) != EMU_SAID_GONE)
 				continue;
-			page_of(m, pfn)->flags |= EMU_PG_DISCARDED;
-			if ((size_t)found < cap)
-				gone[found] = pfn;
-			found++;
+			if (page_of(m, pfn)->space != NO_SPACE) {
+				page_of(m, pfn)->flags |= EMU_PG_DISCARDED;
+				if ((size_t)found < cap)
+					gone[found] = pfn;
+				found++;
+			} else if (m->t.owner[pfn] == EMU_OWNER_FREE) {
+				say(m, pfn, EMU_UNUSED, EMU_CAUSE_OTHER);
+				say(m, pfn, EMU_STABLE, EMU_CAUSE_OTHER);
+			} /* else a guest that lied: the fault is its own, as long as it has the frame */
 		}
 	emu_states_end(m);
-	m->states.region = NULL;
+	if (!found && m->states.region) {
+		atomic_store(&m->states.region->telling, false);
+		m->states.region = NULL;
+	}
 	return found;
 }
 
@@ -190,7 +190,17 @@ int emu_pages_allocated(struct emu_memmap *m, const struct emu_range *ranges, si
 	if (!emu_states_begin(m))
 		return 0;
 	for (size_t i = 0; i < n; i++)
-		say_run(m, (uint32_t)ranges[i].gfn, ranges[i].count, EMU_STABLE, EMU_CAUSE_ALLOC);
+		for (uint32_t pfn = (uint32_t)ranges[i].gfn, end = pfn + (uint32_t)ranges[i].count; pfn < end;) {
+			if (end - pfn >= 8 && say8(m, pfn, EMU_STABLE, EMU_CAUSE_ALLOC)) {
+				pfn += 8;
+				continue;
+			}
+			if (say(m, pfn, EMU_STABLE, EMU_CAUSE_ALLOC) == EMU_SAID_GONE) { /* freed while nothing was said */
+				say(m, pfn, EMU_UNUSED, EMU_CAUSE_DISCARDED);
+				say(m, pfn, EMU_STABLE, EMU_CAUSE_ALLOC);
+			}
+			pfn++;
+		}
 	emu_states_end(m);
 	return 0;
 }

@@ -63,25 +63,25 @@ enum verb { DISCARD, LAZY_FREE, LAZY_DROP, POISON, UNPOISON, ASIDE_DROP, ASIDE_E
 
 static const struct {
 	uint32_t claims; /* states that the verb takes */
-	uint32_t usages; /* and what their guest must say of them */
+	uint32_t usages; /* and what a guest that says something must say of them: the others aren't the caller's to take */
 	int advice;
 	int event;
 	enum emu_stat frames, calls;
 } verbs[] = {
-	[DISCARD] = { IN(ZEROMAP) | IN(RESIDENT) | IN(LAZY) | IN(ASIDE) | IN(DISCARDED), EMU_ANY_USAGE, MADV_DONTNEED, EMU_EV_DISCARD,
+	[DISCARD] = { IN(ZEROMAP) | IN(RESIDENT) | IN(LAZY) | IN(ASIDE) | IN(DISCARDED), OF(STABLE) | OF(UNUSED), MADV_DONTNEED, EMU_EV_DISCARD,
 	              EMU_STAT_discard_frames, EMU_STAT_discard_calls },
 	/* a volatile page that goes without an event would read as zeros */
 	[LAZY_FREE] = { IN(RESIDENT) | IN(LAZY), OF(STABLE) | OF(UNUSED), MADV_FREE, EMU_EV_LAZY_FREE,
 	                EMU_STAT_lazyfree_frames, EMU_STAT_lazyfree_calls },
-	[LAZY_DROP] = { IN(LAZY), EMU_ANY_USAGE, MADV_PAGEOUT, EMU_EV_LAZY_DROP,
+	[LAZY_DROP] = { IN(LAZY), OF(STABLE) | OF(UNUSED), MADV_PAGEOUT, EMU_EV_LAZY_DROP,
 	                EMU_STAT_lazydrop_frames, EMU_STAT_lazydrop_calls },
 	[POISON] = { IN(ZERO) | IN(ZEROMAP) | IN(RESIDENT) | IN(LAZY) | IN(ASIDE) | IN(DISCARDED), EMU_ANY_USAGE, MADV_DONTNEED,
 	             EMU_EV_POISON,
 	             EMU_STAT_poison_frames, EMU_STAT_discard_calls },
 	[UNPOISON] = { IN(LOST), EMU_ANY_USAGE, MADV_DONTNEED, 0, EMU_STAT_unpoison_frames, EMU_STAT_discard_calls },
-	[ASIDE_DROP] = { IN(ASIDE), EMU_ANY_USAGE, MADV_DONTNEED, EMU_EV_ASIDE_DROP, EMU_STAT_aside_dropped,
+	[ASIDE_DROP] = { IN(ASIDE), OF(STABLE) | OF(UNUSED), MADV_DONTNEED, EMU_EV_ASIDE_DROP, EMU_STAT_aside_dropped,
 	                 EMU_STAT_discard_calls },
-	[ASIDE_EVICT] = { IN(ASIDE), EMU_ANY_USAGE, MADV_DONTNEED, EMU_EV_ASIDE_DROP, EMU_STAT_aside_dropped,
+	[ASIDE_EVICT] = { IN(ASIDE), OF(UNUSED) | OF(VOLATILE), MADV_DONTNEED, EMU_EV_ASIDE_DROP, EMU_STAT_aside_dropped,
 	                  EMU_STAT_discard_calls },
 	[STEAL_UNUSED] = { IN(RESIDENT) | IN(LAZY) | IN(ASIDE), OF(UNUSED), MADV_DONTNEED, EMU_EV_STEAL, EMU_STAT_steal_unused,
 	                   EMU_STAT_discard_calls },
@@ -233,7 +233,8 @@ static bool stamp_fits(const struct batch *b, uint64_t gfn)
 static int gather(struct batch *b, uint64_t gfn, uint64_t end)
 {
 	struct emu_region *r = b->r;
-	const uint32_t claims = verbs[b->verb].claims, usages = verbs[b->verb].usages;
+	const uint32_t claims = verbs[b->verb].claims;
+	const uint32_t usages = atomic_load(&r->telling) ? verbs[b->verb].usages : EMU_ANY_USAGE;
 	const uint64_t most_frames = b->verb == DISCARD || b->verb == STEAL_UNUSED ||
 	                                     (b->verb == STEAL_VOLATILE && b->r->service == EMU_SERVICE_INLINE) ? BATCH : FEW;
 	const size_t most_runs = r->vectored ? RUNS : SINGLE;

@@ -72,15 +72,16 @@ static bool drop(struct emu_region *r, uint64_t gfn, uint64_t n)
 uint64_t emu_steal_held(struct emu_region *r, uint64_t gfn, uint64_t n, uint64_t *keep)
 {
 	uint8_t bits[GROUP];
-	bool goes = false;
+	bool goes = false, looks;
 
 	*keep = n;
 	if (!atomic_load_explicit(&r->usages, memory_order_acquire))
 		return 0;
 	n = n < GROUP ? n : GROUP;
-	if (atomic_load(&r->access))
+	looks = atomic_load(&r->access) != NULL;
+	if (looks)
 		emu_access_peek(r, gfn, n, bits);
-	*keep = fate(r, gfn, n, atomic_load(&r->access) ? bits : NULL, &goes);
+	*keep = fate(r, gfn, n, looks ? bits : NULL, &goes);
 	if (!goes)
 		return 0;
 	n = *keep;
@@ -175,9 +176,8 @@ static uint64_t at_random(struct emu_region *r, int usage, uint64_t want, uint64
 	*n = 0;
 	for (uint64_t i = 0; i < tries && *n < VICTIMS && *n < want; i++) {
 		const uint64_t gfn = next(rng) % r->frames;
-		const uint8_t byte = emu_byte_load(r, gfn);
 
-		if (emu_byte_usage(byte) == usage && (emu_byte_state(byte) == EMU_RESIDENT || emu_byte_state(byte) == EMU_LAZY))
+		if (emu_access_may_go(r, gfn, 1u << usage))
 			ret[(*n)++] = (struct emu_range){ gfn, 1, gfn };
 	}
 	return *n;

@@ -120,6 +120,24 @@ uint64_t emu_swap_forget(struct emu_region *r, uint64_t gfn, uint64_t count)
 	return n;
 }
 
+/* One frame that is stored: its page is thrown away, and it is of that usage, volatile or unused: gone, or nothing. */
+bool emu_swap_forget_as(struct emu_region *r, uint64_t gfn, uint8_t usage)
+{
+	struct emu_swap *sw = emu_swap_of(r);
+	const uint8_t to = usage == EMU_VOLATILE ? EMU_DISCARDED : EMU_ZERO;
+
+	if (!emu_state_try(r, gfn, EMU_PRESERVED, EMU_BUSY))
+		return false;
+	emu_store_free(sw->store, &sw->slot[gfn]);
+	if (to == EMU_DISCARDED)
+		emu_lose(r, gfn, 1);
+	emu_state_publish_as(r, gfn, to, usage);
+	emu_state_moved(r, EMU_PRESERVED, to, 1);
+	emu_stat_add(r, EMU_STAT_swap_dropped, 1);
+	emu_state_wake(r, gfn, 1);
+	return true;
+}
+
 int emu_swap_corrupt(struct emu_region *r, uint64_t gfn, uint64_t byte)
 {
 	struct emu_range range = { gfn, 1, 0 };

@@ -15,7 +15,8 @@
  * What the guest asks for:
  *
  *   asked     Sr  Sp  Sz   Ur  Uz   Vr  Vz   Pr
- *   stable    -   -   -    Sr  Sz   Sr  Sz*  Sr      * and it is told: what the frame held is gone
+ *   stable    -   -   -    Sr  Sz   Sr  no*  Sr      * and it is told: what the frame held is gone.  It stays Vz, an access
+ *                                                      a discard fault, until it is called unused: out of cache and page tables
  *   unused    Ur  Uz  Uz   -   -    Ur  Uz   Ur      Sp: what was stored is thrown away
  *   volatile  Vr  Vz  Vz   Vr  Vz   -   -    Vr
  *   potential Pr  no  Vz   Pr  Vz   Pr  -    -       no: the store's page may be the only copy, so it stays stable
@@ -25,7 +26,8 @@
  *
  * Usage and state share the frame's byte, so each of these is one compare-and-swap, and no pair but the eight is ever seen.
  * Where more than the byte must change (z has a marker where the service is a thread, p has a slot in the store) the frame
- * goes through BUSY.  Who holds a frame BUSY keeps its usage; who wants to say something of it waits.  So "made stable" means
+ * goes through BUSY, all of it in one: nobody sees Sz on the way from Sp to Vz.  Who holds a frame BUSY leaves it in a legal pair;
+ * who wants to say something of it waits (not if it is what the frame's usage is already).  So "made stable" means
  * that the host has either taken it before, and the guest is told, or will not: that is the whole of the protocol.
  *
  * The bytes are the guest's to write: they aren't a boundary against a guest that lies.  One that calls volatile what it
@@ -62,15 +64,16 @@ bool emu_usage_legal(uint8_t usage, uint8_t state)
 	return usage < EMU_NR_USAGES && legal[usage] >> state & 1;
 }
 
-/* Frame gfn, of state ZERO, becomes Vz. Nothing if it has changed. */
-static void lose(struct emu_region *r, uint64_t gfn)
+/* Frame gfn, of state ZERO, becomes Vz. False if it has changed. */
+static bool lose(struct emu_region *r, uint64_t gfn)
 {
 	if (!emu_state_try(r, gfn, EMU_ZERO, EMU_BUSY))
-		return;
+		return false;
 	emu_lose(r, gfn, 1);
 	emu_state_publish(r, gfn, EMU_DISCARDED);
 	emu_state_moved(r, EMU_ZERO, EMU_DISCARDED, 1);
 	emu_state_wake(r, gfn, 1);
+	return true;
 }
 
 /* What no more than the byte must change for: in memory, where every usage is legal, or nothing there and nothing lost. */
@@ -79,9 +82,12 @@ static bool plain(uint8_t was, uint8_t state, uint8_t usage)
 	return IN_MEMORY >> state & 1 || (state == EMU_ZERO && was <= EMU_UNUSED && usage <= EMU_UNUSED);
 }
 
+/* The kernel may refuse what it takes (a locked page): who asks isn't kept for that. */
+#define TRIES 3
+
 static enum emu_said say_slowly(struct emu_region *r, uint64_t gfn, uint8_t usage, struct emu_usage_tally *t)
 {
-	for (;;) {
+	for (int tries = 0;;) {
 		uint8_t byte = emu_byte_load(r, gfn);
 		const uint8_t state = emu_byte_state(byte), was = emu_byte_usage(byte);
 
@@ -89,36 +95,33 @@ static enum emu_said say_slowly(struct emu_region *r, uint64_t gfn, uint8_t usag
 			emu_state_wait(r, gfn);
 			continue;
 		}
-		if (!emu_usage_legal(was, state)) {
+		if (!emu_usage_legal(was, state) || tries == TRIES) {
 			t->refused[usage]++;
 			return EMU_SAID_REFUSED;
 		}
-		if (was == usage) {
-			t->same++;
+		if (was == usage)
 			return EMU_SAID_ALREADY;
-		}
 		if (plain(was, state, usage)) {
 			if (!atomic_compare_exchange_weak_explicit(&r->state[gfn], &byte, byte_of(usage, state), memory_order_acq_rel,
 			                                           memory_order_relaxed))
 				continue;
 		} else if (state == EMU_ZERO) {
-			lose(r, gfn);
-			if (emu_state_load(r, gfn) != EMU_DISCARDED)
+			if (!lose(r, gfn))
 				continue;
-		} else if (state == EMU_DISCARDED && usage <= EMU_UNUSED) {
-			if (!emu_fault_forget(r, gfn, usage))
+			usage = EMU_VOLATILE; /* asking P gives Vz */
+		} else if (state == EMU_DISCARDED && usage == EMU_STABLE) {
+			t->gone++;
+			return EMU_SAID_GONE;
+		} else if (state == EMU_DISCARDED && usage == EMU_UNUSED) {
+			if (!emu_fault_forget(r, gfn, usage)) {
+				tries++;
 				continue;
-			if (usage == EMU_STABLE) {
-				t->moved[was][usage]++;
-				t->gone++;
-				return EMU_SAID_GONE;
 			}
 		} else if (state == EMU_DISCARDED) { /* asking P gives Vz */
-			t->same++;
 			return EMU_SAID_ALREADY;
 		} else if (state == EMU_PRESERVED && usage != EMU_POTENTIAL) {
-			emu_swap_forget(r, gfn, 1);
-			continue; /* Sz now, which becomes what was asked for */
+			if (!emu_swap_forget_as(r, gfn, usage))
+				continue;
 		} else { /* Sp to P; LOST, of which nothing can be said */
 			t->refused[usage]++;
 			return EMU_SAID_REFUSED;
@@ -160,10 +163,8 @@ bool emu_usage_say8(struct emu_region *r, uint64_t gfn, uint8_t usage, struct em
 
 	if (word != byte * 0x0101010101010101u)
 		return false;
-	if (emu_byte_usage(byte) == usage) {
-		t->same += 8;
+	if (emu_byte_usage(byte) == usage)
 		return true;
-	}
 	if (!(IN_MEMORY >> state & 1 || (state == EMU_ZERO && usage <= EMU_UNUSED)))
 		return false;
 	if (!__atomic_compare_exchange_n(at, &word, byte_of(usage, state) * 0x0101010101010101u, false, __ATOMIC_ACQ_REL,
@@ -202,9 +203,11 @@ int emu_usage_enter(struct emu_region *r)
 	return err;
 }
 
-static bool sayable(int usage, int cause)
+/* Potentially volatile is worth nothing where nobody can say whether it is dirty. */
+static bool sayable(const struct emu_region *r, int usage, int cause)
 {
-	return usage >= 0 && usage < EMU_NR_USAGES && cause >= 0 && cause < EMU_NR_CAUSES;
+	return usage >= 0 && usage < EMU_NR_USAGES && cause >= 0 && cause < EMU_NR_CAUSES &&
+	       (usage != EMU_POTENTIAL || atomic_load(&r->access));
 }
 
 /* Where a batch puts the frames that were gone. */
@@ -231,7 +234,7 @@ int64_t emu_usage_set(struct emu_region *r, const struct emu_range *ranges, size
 {
 	struct emu_usage_tally t = { 0 };
 	struct gone into = { gone, cap, 0 };
-	int err = sayable(usage, cause) ? emu_ranges_check(r, ranges, n) : -EINVAL;
+	int err = sayable(r, usage, cause) ? emu_ranges_check(r, ranges, n) : -EINVAL;
 
 	*nr_gone = 0;
 	if (!err)
@@ -254,7 +257,7 @@ int64_t emu_usage_set_frames(struct emu_region *r, const uint32_t *gfns, size_t 
 {
 	struct emu_usage_tally t = { 0 };
 	struct gone into = { gone, cap, 0 };
-	int err = sayable(usage, cause) ? 0 : -EINVAL;
+	int err = sayable(r, usage, cause) ? 0 : -EINVAL;
 
 	*nr_gone = 0;
 	for (size_t i = 0; i < n && !err; i++)
@@ -273,7 +276,7 @@ int emu_usage_one(const struct emu_sayer *s)
 {
 	const uint64_t gfn = *s->gfn;
 	struct emu_usage_tally t = { 0 };
-	int said = !sayable(s->usage, s->cause) ? -EINVAL : gfn < s->region->frames ? emu_usage_enter(s->region) : -ERANGE;
+	int said = !sayable(s->region, s->usage, s->cause) ? -EINVAL : gfn < s->region->frames ? emu_usage_enter(s->region) : -ERANGE;
 
 	if (said)
 		return said;
@@ -298,6 +301,8 @@ int emu_usage_track(struct emu_region *r)
 		err = u ? 0 : -ENOMEM;
 		atomic_store_explicit(&r->usages, u, memory_order_release);
 	}
+	if (!err)
+		atomic_store(&r->telling, true);
 	pthread_mutex_unlock(&r->setup);
 	emu_region_leave(r);
 	return err;
@@ -305,7 +310,7 @@ int emu_usage_track(struct emu_region *r)
 
 int emu_usage_tracked(struct emu_region *r)
 {
-	return atomic_load_explicit(&r->usages, memory_order_acquire) != NULL;
+	return atomic_load(&r->telling);
 }
 
 void emu_usage_free(struct emu_region *r)

@@ -126,30 +126,37 @@ class FileMapping(Mapping):
 
     @as_current
     def mlock(self, offset: int | str = 0, length: int | str | None = None) -> None:
-        """Fault pages in, and keep them: neither reclaim nor the host takes them (mlock)."""
+        """Fault pages in, and keep them: neither reclaim nor the host takes them (mlock).
+
+        It marks the file for good: with page states none of its pages is called volatile from then on, nor after
+        munlock() (the patches of 2009 have a sticky flag).
+        """
         first, end = self._span(offset, length)
         pins = self._holding()
         pins.lock(first, end)
-        for frames in self._hold(first, end, write=False):
+        for frames in self._hold(first, end, write=False, own=True):
             pins.mapped(frames)
             self._kernel.memmap.put(frames)
 
     @in_kernel
     def munlock(self, offset: int | str = 0, length: int | str | None = None) -> None:
-        """Take that back. The file's pages stay stable all the same."""
+        """Take that back. The file is marked for good all the same (CMM2): its pages are never volatile again."""
         first, end = self._span(offset, length)
         if self._pins is not None:
             self._pins.unlock(first, end)
 
     @as_current
     def pin(self, offset: int | str = 0, length: int | str | None = None, *, write: bool = False) -> Pin:
-        """Pin the file's pages for a device, to be unpinned before they are unmapped (pin_user_pages)."""
+        """Pin the file's pages for a device until unpin() (pin_user_pages).
+
+        A page that the process has copied isn't one of them: EFAULT.
+        """
         first, end = self._span(offset, length)
         if write and not self.shared:
             raise BadValue("a private mapping's pages of the file can't be pinned for writing: map it shared")
         pins, held = self._holding(), Ranges()
         try:
-            for frames in self._hold(first, end, write=write):
+            for frames in self._hold(first, end, write=write, own=False):
                 for run in frames:
                     held.add(*run)
         except BaseException:
@@ -159,10 +166,13 @@ class FileMapping(Mapping):
         pins.pins.append(pin)
         return pin
 
-    def _hold(self, first: int, end: int, *, write: bool) -> Iterator[Ranges]:
-        # Map pages, and take a reference to each that is the file's; of the process's own nobody takes any.
+    def _hold(self, first: int, end: int, *, write: bool, own: bool) -> Iterator[Ranges]:
+        # Map pages, and take a reference to each that is the file's; of the process's own (own: they may be) nobody takes
+        # any.
         while first < end:
             if self._frame[first] and not self._cached[first]:
+                if not own:
+                    raise GuestError(f"EFAULT: page {first} of {self.inode.path} is the process's own copy")
                 first += 1
                 continue
             stop = self._map(first, min(end, first + _SPAN))
@@ -400,12 +410,20 @@ class FileMapping(Mapping):
         super()._zap(first, end)
 
     @in_kernel
+    def madvise_dontneed(self, offset: int | str = 0, length: int | str | None = None) -> None:
+        """Free the frames of a part; it stays mapped and reads as the file. Locked parts are refused, as in Linux."""
+        first, end = self._span(offset, length)
+        if self._pins is not None and self._pins.locked(first, end):
+            raise GuestError(f"EINVAL: pages among [{first}, {end}) are locked: munlock() them first")
+        super().madvise_dontneed(offset, length)
+
+    @in_kernel
     def munmap(self, offset: int | str = 0, length: int | str | None = None) -> None:
-        """Unmap all, or a part; what is pinned of it isn't any more."""
-        first, end = self._span(offset, length, whole=False)
-        for pin in self.pinned(first, end):
-            self.unpin(pin)
+        """Unmap all, or a part. With the last part its pins end."""
         super().munmap(offset, length)
+        if not self._mapped:
+            for pin in self.pinned(0, self.pages):
+                self.unpin(pin)
         if not self._mapped and self in self.inode.mappings:
             self.inode.mappings.remove(self)
             self._kernel.vfs.unmapped(self.inode)

@@ -221,7 +221,8 @@ class Inode(FileCache):
         self.disk_size, self.changed = self.disk_file().version()
         # the page with the new end in it, too
         beyond, _ = self.space.find(self.disk_size // FRAME_SIZE, self.pages, PageFlag.DIRTY, PageFlag.DIRTY)
-        if not beyond:  # what we have written beyond it and not yet brought there still counts
+        pinned = any(mapping.pinned(self._pages(self.disk_size), self.pages) for mapping in self.mappings)
+        if not beyond and not pinned:  # what we have written beyond it and not yet brought there still counts
             self._cut(self.disk_size)
 
     def revalidate(self, file: DiskFile) -> None:
@@ -233,8 +234,14 @@ class Inode(FileCache):
         self.stale = False
         for mapping in self.mappings:
             mapping.unmap_file_pages(0, self.pages)
-        if self.space.nr_dirty:  # ours stay, and will be written over what is there
+        pins = [pin for mapping in self.mappings for pin in mapping.pinned(0, self.pages)]
+        for pin in pins:
+            if pin.write:  # a device may have
+                self.space.flag(pin.first, pin.first + pin.pages, PageFlag.DIRTY)
+                self.dirtied()
+        if self.space.nr_dirty or pins:  # ours stay, and what is dirty will be written over what is there
             self.invalidate()
+            self.stale = bool(pins)  # what is pinned is older than the disk: looked at again
             self.disk_size, self.changed = size, changed
             self.size = max(self.size, size)
             self.space.resize(self.pages)

@@ -272,7 +272,10 @@ class MemMap:
         )
 
     def says_nothing(self) -> "array[int]":
-        """All is stable again, and nothing is said any more; return the pages of the cache that the host has taken."""
+        """Make all stable again, and end it, if the host has taken no page of the cache; else return those.
+
+        They are to be dropped, and then this called again.
+        """
         gone = array("I", bytes(4 * self.frames))
         with ffi.from_buffer("uint32_t[]", gone) as into:
             n = lib.emu_page_states_off(self.native, into, len(gone))

@@ -84,11 +84,14 @@ class PageStates:
 
     @in_kernel
     def end(self) -> None:
-        """All is stable again; what the host has taken leaves the cache."""
+        """All is stable again; what the host has taken leaves the cache.
+
+        Whatever interrupts it: what hasn't left is told at each use, and the next end() goes on.
+        """
         kernel = self._kernel
         kernel.vfs.collect_dirty()
-        kernel.page_states = None
-        for pfn in kernel.memmap.says_nothing():
-            info = kernel.memmap.look(pfn)
-            if info.space:
+        while gone := kernel.memmap.says_nothing():
+            for pfn in gone:
+                info = kernel.memmap.look(pfn)
                 kernel.vfs.inode_of(info.space).forget_discarded(info.index)
+        kernel.page_states = None

@@ -8,8 +8,9 @@ called volatile from then on (the patches of 2009 have a sticky flag, since nobo
 pin(): pages that a device is about to read or write (pin_user_pages): the frames' numbers, and a reference to each.
 
 Deviations: a private mapping is locked as one for reading: writing its pages gives the process its own, which nobody
-takes. A file can't be cut below a pinned page (EBUSY; Linux makes an orphan of it, and a file system with DAX waits);
-what is cut off behind the guest's back ends the pin.
+takes. A file can't be cut below a pinned page (EBUSY; Linux makes an orphan of it, and a file system with DAX waits),
+and one that was changed or cut behind the guest's back keeps its pinned pages, as it keeps dirty ones. A pin ends with
+its mapping; a page that was locked and is pinned stays off reclaim's lists until it is unpinned.
 """
 
 from types import TracebackType
@@ -77,6 +78,10 @@ class Pins:
         if self._held[index]:
             self._held[index] = 0
             self._memmap.put(Ranges.of([(gfn, 1)]))
+
+    def locked(self, first: int, end: int) -> bool:
+        """Return whether some page among [first, end) is to stay."""
+        return any(self._vm_locked[first:end])
 
     def unlock(self, first: int, end: int) -> None:
         """Pages [first, end) needn't stay."""

@@ -73,6 +73,15 @@ class Aside:
             self.dropped += frames
         return frames
 
+    def recall(self) -> None:
+        """Bring everything back that would be evicted: the guest is about to say itself what it needs."""
+        kept = deque(batch for batch in self._batches if not batch.evict)
+        for batch in self._batches:
+            if batch.evict:
+                self._ram.bring_back(batch.ranges)
+                self._in_use.discard(batch.stamp)
+        self._batches = kept
+
     def shrink(self, frames: int | None = None) -> int:
         """Drop what has been aside longest, batch by batch, until so many frames went (None: all); return how many."""
         went = 0

@@ -85,6 +85,7 @@ class Cmm2Mechanism:
             raise BadValue(f"cmm2 scan {self.scan!r} s must be from 0.1 to 3600")
         if (self.memory is not None or self.file is not None) and not host.ram.has_store:
             host.ram.open_store(self.memory, file=self.file)
+        host.aside.recall()  # what another mechanism was handed
         host.track_idle(self.scan)
         settings = StatesSettings(self.light, self.dirty, self.minor, self.buffers)
         PageStates(guest, settings).begin()

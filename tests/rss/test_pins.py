@@ -1,14 +1,16 @@
 """mlock and pins: what they keep stays, in reclaim, in truncation, and when the host steals; and why it was said."""
 
 import errno
+import os
 import random
 
 import pytest
 
 import emu
 from emu._native import disabled
-from emu.errors import BadValue, GuestIOError
+from emu.errors import BadValue, GuestError, GuestIOError
 from emu.frames import Cause, FrameState, Usage
+from emu.guest.filecache import FileCache
 from emu.guest.page import Lru
 from emu.testing import StepClock
 
@@ -119,30 +121,120 @@ def test_a_pin_keeps_its_frames_for_a_device(tree, mode):
         file.close()
 
 
-def test_a_pin_ends_with_its_mapping_and_with_its_pages(tree):
-    folder, _ = tree
+def test_a_pin_ends_with_its_mapping_and_not_before(tree):
+    folder, data = tree
     with machine("cmm2", folder) as m:
         file = m.guest.open("a")
         process = m.guest.spawn("app")
         mapping = process.mmap(MIB, file=file)
-        pin = mapping.pin(0, MIB)
+        pin = mapping.pin(0, 16 * PAGE)
         with pytest.raises(BadValue, match="shared"):
             mapping.pin(0, PAGE, write=True)
+        mapping.munmap(15 * PAGE, PAGE)  # ends no pin, as in Linux
+        m.host.steal("64MiB")
+        frames = [gfn + k for gfn, count, _ in pin.frames for k in range(count)]
+        assert {m.ram.states()[gfn] for gfn in frames} == {FrameState.RESIDENT}
         process.exit()
         pin.unpin()
-        other = m.guest.spawn("app").mmap(MIB, file=file)
-        other.mlock()
-        pin = other.pin()
-        file.close()
-        (folder / "a").write_bytes(b"cut behind the guest's back")
-        again = m.guest.open("a")
-        assert again.read(0, 100) == b"cut behind the guest's back"
-        pin.unpin()
+        own = m.guest.spawn("app").mmap(MIB, file=file)
+        own.write(5 * PAGE, b"mine")
+        with pytest.raises(GuestError, match="process's own copy"):
+            own.pin(0, 8 * PAGE)
+        own.mlock()
+        with pytest.raises(GuestError, match="EINVAL"):
+            own.madvise_dontneed(0, MIB)
+        own.munlock()
+        own.madvise_dontneed(0, MIB)
+        assert own.read(5 * PAGE, 4) == data[5 * PAGE : 5 * PAGE + 4]
+        own.munmap()
         assert m.guest.memmap.nr(Lru.UNEVICTABLE) == 0
-        other.munmap()
-        again.close()
         m.guest.drop_caches(3)
         assert m.guest.cached_bytes == 0
+        file.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_file_that_changes_behind_a_pin_keeps_its_pinned_pages(tree, mode):
+    """A device may be writing there: nobody else gets the frames, and what it wrote isn't lost."""
+    folder, data = tree
+    with machine(mode, folder) as m:
+        file = m.guest.open("a", "r+")
+        mapping = m.guest.spawn("app").mmap(MIB, file=file, shared=True)
+        pin = mapping.pin(0, 16 * PAGE, write=True)
+        m.guest.sync()
+        gfn = next(iter(pin.frames))[0]
+        m.ram.write(gfn * PAGE, b"by a device")
+        os.utime(folder / "a")
+        file.close()
+        again = m.guest.open("a", "r+")
+        m.ram.write(gfn * PAGE, b"by a DEVICE")
+        steal_all(m)
+        assert again.read(0, 11) == b"by a DEVICE"
+        pin.unpin()
+        m.guest.sync()
+        assert (folder / "a").read_bytes()[:MIB] == b"by a DEVICE" + data[11:MIB]
+        reader = mapping.pin(0, PAGE)
+        again.close()
+        (folder / "a").write_bytes(b"cut")
+        short = m.guest.open("a")
+        assert short.read(0, 11) == b"by a DEVICE"  # older than the disk, as long as a device reads it
+        reader.unpin()
+        short.close()
+        with m.guest.open("a") as file:
+            assert file.read(0, 11) == b"cut"
+
+
+def test_what_was_handed_over_before_is_the_guests_again(tree):
+    """From the inactive queue to page states: what is locked then isn't evicted by what was promised before."""
+    folder, data = tree
+    with machine("inactive:seconds=5s,keep=200s", folder) as m:
+        file = m.guest.open("a")
+        file.read(0, MIB)
+        m.run_for(30)
+        assert m.ram.stats()["nr_aside"] >= 256
+        m.switch_mechanism("cmm2")
+        assert m.ram.stats()["nr_aside"] == 0
+        mapping = m.guest.spawn("app").mmap(MIB, file=file)
+        mapping.mlock()
+        m.run_for(400)
+        read = m.stats()["disk_read_bytes"]
+        assert mapping.read(0, MIB) == data[:MIB]
+        assert m.stats()["disk_read_bytes"] == read
+        m.switch_mechanism("inactive:seconds=5s,keep=10s")  # and back: it evicts again
+        mapping.munmap()
+        m.run_for(60)
+        assert m.ram.stats()["aside_dropped"] >= 256
+        assert file.read(0, MIB) == data[:MIB]
+        file.close()
+
+
+@pytest.mark.parametrize("at", [0, 1, 100, 255])
+def test_an_interrupt_while_page_states_end_leaves_no_zeros(tree, at, monkeypatch):
+    """What the host has taken, and hasn't left the cache yet, is told at each use; and ending it again goes on."""
+    folder, data = tree
+    with machine("cmm2", folder) as m:
+        file = m.guest.open("a")
+        mapping = m.guest.spawn("app").mmap(MIB, file=file)
+        assert mapping.read(0, MIB) == data[:MIB]
+        assert m.host.steal("64MiB") >= MIB
+        real, done = FileCache.forget_discarded, []
+
+        def interrupted(inode, index):
+            if len(done) == at:
+                raise KeyboardInterrupt
+            done.append(index)
+            real(inode, index)
+
+        monkeypatch.setattr(FileCache, "forget_discarded", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            m.switch_mechanism("none")
+        monkeypatch.undo()
+        assert mapping.read(0, MIB) == data[:MIB]
+        assert file.read(0, 8 * MIB) == data
+        m.switch_mechanism("none")
+        assert file.read(0, 8 * MIB) == data
+        assert m.guest.page_states is None
+        file.close()
 
 
 def test_each_hook_says_why(tree):

@@ -241,7 +241,10 @@ class Files(RuleBasedStateMachine):
         first %= end
         count = min(count, end - first)
         try:
-            if what == "pin":
+            if what == "pin" and any(page in mapped.own for page in range(first, first + count)):
+                with pytest.raises(GuestError, match="own copy"):
+                    mapped.mapping.pin(first * PAGE, count * PAGE)
+            elif what == "pin":
                 self.pins.append(Pinned(mapped, mapped.mapping.pin(first * PAGE, count * PAGE)))
             else:
                 getattr(mapped.mapping, what)(first * PAGE, count * PAGE)
