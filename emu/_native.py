@@ -401,14 +401,23 @@ class Region:
     # ---- usages (CMM2)
 
     def track_usages(self) -> None:
-        err = self._call(lib.emu_usage_track)
+        self._begun(self._call(lib.emu_usage_track))
+
+    def _begun(self, err: int) -> None:
         if err == -errno.EOPNOTSUPP:
             raise HostError(
                 "page states need userfaultfd, and for the thread service UFFDIO_POISON: a page that is gone must be "
-                "told from one of zeros"
+                "told from one of zeros (emu doctor; EMU_DISABLE?)"
             )
         if err:
             raise self._failed(err, None)
+
+    def _unsaid(self, err: int) -> EmuError:
+        if err == -errno.EOPNOTSUPP:
+            return HostError("nothing is said of this RAM's frames: track_usages() first, or mechanism cmm2")
+        if err == -errno.EINVAL:
+            return BadValue("a usage, cause or policy isn't known; potentially volatile needs track_accesses() first")
+        return self._failed(err, None)
 
     @property
     def tracks_usages(self) -> bool:
@@ -431,7 +440,7 @@ class Region:
         gone, found = _uncleared("uint64_t[]", room), ffi.new("size_t *")
         changed = self._call(call, *of, usage, cause, gone, room, found)
         if changed < 0:
-            raise self._failed(changed, None)
+            raise self._unsaid(changed)
         return int(changed), array("Q", bytes(ffi.buffer(gone, 8 * found[0])))
 
     @property
@@ -440,28 +449,28 @@ class Region:
         return int(ffi.cast("uintptr_t", lib.emu_region_bytes(self._cell[0])))
 
     def sayer(self, gfn: "array[int]", usage: int, cause: int) -> "functools.partial[int]":
+        if not self.tracks_usages:
+            raise self._unsaid(-errno.EOPNOTSUPP)
         at = ffi.from_buffer("uint64_t[]", gfn)
         call = functools.partial(lib.emu_usage_one, ffi.new("struct emu_sayer *", (self._cell[0], at, usage, cause)))
         call.keep = (self, at)  # type: ignore[attr-defined]  # for as long as it can be called
         return call
 
     def page_states(self, memmap: Any, how: int) -> None:
-        err = self._call(lib.emu_page_states_on, memmap, how)
-        if err:
-            raise self._failed(err, None)
+        self._begun(self._call(lib.emu_page_states_on, memmap, how))
 
     def usage_counts(self) -> Any:
         counts = ffi.new("struct emu_usage_counts *")
         err = self._call(lib.emu_usage_counts, counts)
         if err:
-            raise self._failed(err, None)
+            raise self._unsaid(err)
         return counts
 
     def usage_matrix(self) -> list[list[int]]:
         flat = ffi.new("int64_t[]", lib.EMU_NR_USAGES * lib.EMU_NR_STATES)
         err = self._call(lib.emu_usage_matrix, flat)
         if err:
-            raise self._failed(err, None)
+            raise self._unsaid(err)
         return [list(flat[u * lib.EMU_NR_STATES : (u + 1) * lib.EMU_NR_STATES]) for u in range(lib.EMU_NR_USAGES)]
 
     def usages(self, gfn: int, count: int) -> bytes:
@@ -473,6 +482,8 @@ class Region:
 
     def steal(self, frames: int, usages: int, policy: int, seed: int) -> int:
         took = self._call(lib.emu_steal_some, frames, usages, policy, seed)
+        if took in (-errno.EOPNOTSUPP, -errno.EINVAL):
+            raise self._unsaid(took)
         if took < 0:
             raise self._failed(took, None)
         return int(took)

@@ -1,8 +1,9 @@
 """What CMM2 costs a guest: first counts, which no machine changes, then the share that any price of one would be.
 
 Some workloads run under each form of CMM2 on a stepped clock and from one seed, so that two machines count alike. Of
-each: the pages that it read from the cache, faulted in and freed, which are its operations, and the transitions that
-its guest's kernel made, by kind and by cause. Then what two mechanisms do that get the same memory back otherwise.
+each: the pages that it read from the cache, faulted in, wrote through a shared mapping, or freed, which are its
+operations, and the transitions that its guest's kernel made, by kind and by cause. Then what two mechanisms do that get
+the same memory back otherwise.
 
 A price turns counts into time; the share is of the native time of the same operations (bench/prices.py), and of
 reading in what wasn't cached.
@@ -38,7 +39,7 @@ FORMS = ("cmm2", "cmm2:minor=yes", "cmm2:dirty=mapping", "cmm2-light")
 
 #: where the guest's kernel says something: function of csrc, and the causes that it says it for
 HOOKS: dict[str, tuple[Cause, ...]] = {
-    "emu_pages_allocated": (Cause.ALLOC,),
+    "emu_pages_allocated": (Cause.ALLOC, Cause.DISCARDED),
     "emu_pages_release": (Cause.FREE, Cause.DISCARDED),
     "emu_space_insert": (Cause.READ,),
     "emu_space_lookup": (Cause.LOOKUP, Cause.MAP, Cause.MKWRITE, Cause.COW, Cause.PIN),
@@ -63,7 +64,11 @@ class Work:
     form: str
     reads: int
     faults: int
+    #: of those, pages of files that were mapped as they were in the cache
+    maps: int
     frees: int
+    #: pages that a shared mapping began to write
+    mkwrites: int
     #: pages read from the disk
     fills: int
     said: dict[tuple[Cause, Usage, Usage], int]
@@ -75,21 +80,26 @@ class Work:
 
     @property
     def operations(self) -> int:
-        """Pages read from the cache, faulted in, and freed."""
-        return self.reads + self.faults + self.frees
+        """Pages read from the cache, faulted in, freed, and written through a shared mapping."""
+        return self.reads + self.faults + self.frees + self.mkwrites
 
     def per_thousand(self, n: int) -> float:
         """Of 1,000 operations."""
         return n * 1000 / self.operations
 
-    def native(self, prices: Prices) -> float:
-        """The native ns of its operations, and of reading in what wasn't cached."""
-        cached = self.reads * prices.read + self.faults * prices.fault + self.frees * prices.free
-        return cached + self.fills * prices.fill
+    def native(self, prices: Prices) -> float | None:
+        """The native ns of its operations, and of reading in what wasn't cached; None with writes through mappings,
+        whose price (and of their way to the disk) isn't measured."""
+        if self.mkwrites:
+            return None
+        anonymous = (self.faults - self.maps) * prices.fault
+        cached = self.reads * prices.read + self.maps * prices.map
+        return anonymous + cached + self.frees * prices.free + self.fills * prices.fill
 
-    def share(self, ns: float, prices: Prices) -> float:
+    def share(self, ns: float, prices: Prices) -> float | None:
         """What the transitions come to of that, at `ns` each."""
-        return self.total * ns / self.native(prices)
+        native = self.native(prices)
+        return None if native is None else self.total * ns / native
 
     def as_json(self) -> dict[str, Any]:
         """Return JSON types."""
@@ -98,6 +108,8 @@ class Work:
             "form": self.form,
             "reads": self.reads,
             "faults": self.faults,
+            "maps": self.maps,
+            "mkwrites": self.mkwrites,
             "frees": self.frees,
             "fills": self.fills,
             "transitions": self.total,
@@ -148,7 +160,9 @@ class _Counts:
             form,
             grown("guest_pgaccess"),
             grown("guest_pgfault"),
+            grown("guest_filemap_map_pages"),
             grown("guest_pgfree"),
+            grown("guest_pgmkwrite"),
             grown("guest_pgpgin") // (FRAME_SIZE // 1024),
             {kind: n for kind, n in said.items() if n},
         )
@@ -304,22 +318,22 @@ def as_json(works: list[Work], reclaimed: list[Reclaimed], tree_bytes: int) -> d
     }
 
 
-def price(study: dict[str, Any], works: list[Work], prices: Prices, exchange: float, more: Mapping[str, float]) -> None:
+def price(
+    study: dict[str, Any], works: list[Work], prices: Prices, exchange: float | None, more: Mapping[str, float]
+) -> None:
     """Add prices, costs of a transition, and shares. exchange: ns of a bare one; more: ns by name, of the reader's."""
     ghz = _gigahertz()
-    costs = {
-        "in a row": prices.in_a_row,
-        "alone": prices.transition,
-        "exchange": exchange,
-        "100 cycles": 100 / ghz,
-        "1 us": 1000.0,
-        "2 us": 2000.0,
-    } | dict(more)
+    costs = {"in a row": prices.in_a_row, "one by one": prices.transition}
+    if exchange is not None:
+        costs["exchange"] = exchange
+    if ghz is not None:
+        costs["100 cycles"] = 100 / ghz
+    costs |= {"1 us": 1000.0, "2 us": 2000.0} | dict(more)
     study["prices"], study["costs"], study["ghz"] = asdict(prices), costs, ghz
     for work, row in zip(works, study["work"], strict=True):
         row["shares"] = {name: work.share(ns, prices) for name, ns in costs.items()}
 
 
-def _gigahertz() -> float:
+def _gigahertz() -> float | None:
     frequency = psutil.cpu_freq()
-    return frequency.current / 1000 if frequency and frequency.current else 3.0
+    return frequency.current / 1000 if frequency and frequency.current else None

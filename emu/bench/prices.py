@@ -20,7 +20,7 @@ from emu.ram import GuestRam
 from emu.ranges import Ranges
 from emu.units import FRAME_SIZE
 
-__all__ = ["Prices", "measure_prices", "native_fault", "native_read"]
+__all__ = ["Prices", "measure_prices", "native_fault", "native_map", "native_read"]
 
 _PAGES = 1 << 14
 _CHUNK = 128 << 10  # bytes a call: what readahead reads at once, and cat(1), too
@@ -31,13 +31,15 @@ _ROUNDS = 10
 class Prices:
     """ns of a 4 KiB page. Medians of some rounds.
 
-    A write fault; giving it back; reading it from the kernel's cache; what reading it in takes more, the disk's time
-    among it (of the file system of TMPDIR; in one that is memory, nothing); a transition that is a compare-and-swap of
-    its own, in a batch; and one of a page in a row of pages, eight a step.
+    A write fault; giving it back; mapping it from the kernel's cache, as it maps those around it; reading it from
+    there; what reading it in takes more, the disk's time among it (of the file system of TMPDIR; in one that is memory,
+    nothing); a transition that is a compare-and-swap of its own, in a batch; and one of a page in a row of pages, eight
+    a step.
     """
 
     fault: float
     free: float
+    map: float
     read: float
     fill: float
     transition: float
@@ -47,7 +49,8 @@ class Prices:
         """Return the native ns of a run's reads, faults and frees, and of reading in what wasn't cached."""
         return (
             counters["guest_pgaccess"] * self.read
-            + counters["guest_pgfault"] * self.fault
+            + (counters["guest_pgfault"] - counters["guest_filemap_map_pages"]) * self.fault
+            + counters["guest_filemap_map_pages"] * self.map
             + counters["guest_pgfree"] * self.free
             + counters["guest_pgpgin"] // (FRAME_SIZE // 1024) * self.fill
         )
@@ -63,6 +66,13 @@ def native_fault(pages: int = _PAGES) -> tuple[float, float]:
     fault, free = ffi.new("uint64_t *"), ffi.new("uint64_t *")
     _checked(lib.emu_native_fault(pages, fault, free), "a fault")
     return fault[0] / pages, free[0] / pages
+
+
+def native_map(fd: int, pages: int) -> float:
+    """Return the ns of mapping a page that the kernel has cached and reading a byte of it, in order."""
+    ns = ffi.new("uint64_t *")
+    _checked(lib.emu_native_map(fd, pages, ns), "a mapping")
+    return float(ns[0]) / pages
 
 
 def native_read(fd: int, size: int, chunk: int = _CHUNK, times: int = 2) -> float:
@@ -84,7 +94,7 @@ def _transition(say: Callable[[Usage, Cause], object]) -> float:
 def measure_prices(rounds: int = _ROUNDS) -> Prices:
     """Measure all, by turns; some tenths of a second. Raises HostError where usages can't be said."""
     size = _PAGES * 4096
-    faults, frees, reads, fills, transitions, in_a_row = [], [], [], [], [], []
+    faults, frees, maps, reads, fills, transitions, in_a_row = [], [], [], [], [], [], []
     with tempfile.TemporaryFile(prefix="emu-") as file, GuestRam(size) as ram:
         file.write(Random(1).randbytes(size))
         file.flush()
@@ -97,8 +107,9 @@ def measure_prices(rounds: int = _ROUNDS) -> Prices:
             faults.append(fault)
             frees.append(free)
             reads.append(native_read(file.fileno(), size))
+            maps.append(native_map(file.fileno(), _PAGES))
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             fills.append(max(native_read(file.fileno(), size, times=1) - reads[-1], 0.0))
             transitions.append(_transition(lambda usage, cause: ram.say_frames(numbers, usage, cause)))
             in_a_row.append(_transition(lambda usage, cause: ram.say(row, usage, cause)))
-    return Prices(*map(median, (faults, frees, reads, fills, transitions, in_a_row)))
+    return Prices(*map(median, (faults, frees, maps, reads, fills, transitions, in_a_row)))

@@ -58,6 +58,16 @@ def _check_writable(path: Path) -> None:
         raise BadValue(f"{path} can't be written: no permission")
 
 
+def _price(text: str) -> float:
+    # ns: a bare number would be seconds, which nobody means
+    if not text or text[-1].isdigit():
+        raise BadValue(f"transition {text!r} needs a unit, such as {text or 300}ns or 1us")
+    ns = parse_duration(text, "transition") * 1e9
+    if ns <= 0:
+        raise BadValue(f"transition {text!r} must be more than nothing")
+    return ns
+
+
 def _flat(value: Estimate | None) -> tuple[float, float, float] | None:
     return None if value is None else (value.median, value.low, value.high)
 
@@ -68,10 +78,13 @@ def bench(
     compare_with: Annotated[Path | None, Parameter(name="--compare")] = None,
     output: Annotated[Path | None, Parameter(name=["-o", "--output"])] = None,
     check: bool = False,
-    transition: list[str] | None = None,
+    transition: Annotated[list[str] | None, Parameter(negative=())] = None,
     as_json: Annotated[bool, Parameter(name="--json")] = False,
 ) -> int:
     """Measure emu beside plain C loops of system calls, by turns, and print medians with their intervals.
+
+    `emu bench cmm2` says besides what CMM2 costs: what a guest's kernel has to say, counted, and what share of native
+    work that comes to, by what saying it takes (docs/cmm2-overhead.md).
 
     Parameters
     ----------
@@ -89,11 +102,8 @@ def bench(
         With cmm2: a price of a transition to count with besides, such as 300ns or 5us; may be given several times.
     as_json
         Print the result as JSON instead of a table.
-
-    `emu bench cmm2` says besides what CMM2 costs: what a guest's kernel has to say, counted, and what share of native
-    work that comes to, by what saying it takes (docs/cmm2-overhead.md).
     """
-    costs = {text: parse_duration(text, "transition") * 1e9 for text in transition or ()}
+    costs = {text: _price(text) for text in transition or ()}
     if costs and "cmm2" not in names:
         raise BadValue("--transition is for emu bench cmm2")
     if not 2 <= rounds <= 1000:
@@ -134,10 +144,10 @@ def bench(
         "rows": [row.as_json() for row in results],
     }
     if works:
-        exchange = next(r.reference for r in results if r.row.name == "cmm2-batched")
-        if exchange is not None:
-            cmm2.price(study, works, measure_prices(rounds), exchange.median, costs)
-            result["cmm2"] = study
+        batched = next(r for r in results if r.row.name == "cmm2-batched")
+        exchange = batched.reference.median if batched.error is None and batched.reference else None
+        cmm2.price(study, works, measure_prices(rounds), exchange, costs)
+        result["cmm2"] = study
     path = output
     if path is None and not names:
         name = f"{result['time'][:19].replace(':', '')}-linux-{result['environment']['kernel']}.json"

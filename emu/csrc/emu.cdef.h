@@ -224,6 +224,7 @@ int emu_usage_one(const struct emu_sayer *s);
 void emu_region_forked(struct emu_region *r);
 uint8_t *emu_region_bytes(struct emu_region *r);
 int emu_native_fault(uint64_t pages, uint64_t *fault_ns, uint64_t *free_ns);
+int emu_native_map(int fd, uint64_t pages, uint64_t *ns);
 int emu_native_read(int fd, uint64_t bytes, size_t chunk, uint64_t *ns);
 int emu_usage_track(struct emu_region *r);
 int64_t emu_usage_set(struct emu_region *r, const struct emu_range *ranges, size_t n, int usage, int cause, uint64_t *gone,

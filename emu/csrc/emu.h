@@ -448,7 +448,7 @@ struct emu_memmap_stats {
 	int64_t pgactivate, pgdeactivate, pgrefill, pgrotated;
 	int64_t moved[EMU_NR_OWNERS * EMU_NR_OWNERS]; /* frames that went from one owner to another, by from and to */
 	int64_t workingset_refault, workingset_activate, workingset_restore;
-	int64_t pgaccess; /* pages that reads and writes found in the cache */
+	int64_t pgaccess; /* pages that reads found in the cache */
 };
 
 /* Begins with its stats; the rest is memmap.h's. */
@@ -467,6 +467,7 @@ int emu_page_look(struct emu_memmap *m, uint64_t pfn, struct emu_page_info *ret)
 /* ---- native.c: what a page costs without a guest ---------------------------------------------------------------- */
 
 int emu_native_fault(uint64_t pages, uint64_t *fault_ns, uint64_t *free_ns);
+int emu_native_map(int fd, uint64_t pages, uint64_t *ns);
 int emu_native_read(int fd, uint64_t bytes, size_t chunk, uint64_t *ns);
 
 /* ---- page_states.c: what the guest's kernel says of its pages (CMM2) ----------------------------------------------- */

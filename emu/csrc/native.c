@@ -3,7 +3,7 @@
  * native.c - what a page costs a process of this machine, without a guest: the baseline that a guest's extra work is held
  * against.
  *
- * A fault of an anonymous page, giving it back, and reading a page that the kernel has cached: the three things of which a
+ * A fault of an anonymous page, giving it back, mapping and reading a page that the kernel has cached: the things of which a
  * guest's kernel does some more if it tells its host what each page is worth.  Bare system calls in a loop, timed here, so
  * that nothing of the caller's language is in them.
  */
@@ -41,6 +41,22 @@ int emu_native_fault(uint64_t pages, uint64_t *fault_ns, uint64_t *free_ns)
 	munmap((void *)(uintptr_t)p, len);
 	*free_ns = now() - t1;
 	*fault_ns = t1 - t0;
+	return 0;
+}
+
+/* Map the first `pages` of a file, and read a byte of each, the kernel mapping those around it; the ns of all. */
+int emu_native_map(int fd, uint64_t pages, uint64_t *ns)
+{
+	const size_t len = pages << EMU_FRAME_SHIFT;
+	const uint64_t t0 = now();
+	const volatile uint8_t *p = mmap(NULL, len, PROT_READ, MAP_PRIVATE, fd, 0);
+
+	if (p == MAP_FAILED)
+		return -errno;
+	for (uint64_t i = 0; i < pages; i++)
+		(void)p[i << EMU_FRAME_SHIFT];
+	*ns = now() - t0;
+	munmap((void *)(uintptr_t)p, len);
 	return 0;
 }
 

@@ -172,7 +172,7 @@ class FileMapping(Mapping):
         while first < end:
             if self._frame[first] and not self._cached[first]:
                 if not own:
-                    raise GuestError(f"EFAULT: page {first} of {self.inode.path} is the process's own copy")
+                    raise GuestError(f"EFAULT: page {first} is a copy, not the file's")
                 first += 1
                 continue
             stop = self._map(first, min(end, first + _SPAN))
@@ -242,6 +242,7 @@ class FileMapping(Mapping):
         # is asked when it counts (Inode.collect_dirty); elsewhere the page is dirty from now on.
         inode, kernel = self.inode, self._kernel
         inode.written_through_mappings = True
+        kernel.vmstat["pgmkwrite"] += end - first
         states = kernel.page_states
         if states is None or not states.gets:
             inode.space.flag(first, end, PageFlag.DIRTY)
@@ -289,6 +290,7 @@ class FileMapping(Mapping):
             self._cached[page : page + n] = b"\x01" * n
             self.present += n
             kernel.vmstat["pgfault"] += n
+            kernel.vmstat["filemap_map_pages"] += n
             page += n
         return page
 

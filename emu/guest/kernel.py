@@ -44,6 +44,8 @@ _VMSTAT = (
     "pgfree",
     "pgfault",
     "pgmajfault",
+    "filemap_map_pages",  # of the faults, pages of files that were mapped as they were in the cache
+    "pgmkwrite",  # pages that a shared mapping began to write (page_mkwrite)
     "pgpgin",  # KiB, as Linux counts them
     "pgpgout",
     "pgscan_kswapd",

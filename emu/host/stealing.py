@@ -7,6 +7,7 @@ paused.
 from collections.abc import Callable
 from typing import Protocol
 
+from emu.errors import BadValue
 from emu.frames import StealPolicy, Usage
 from emu.ram import GuestRam
 from emu.timers import Timers
@@ -35,8 +36,6 @@ class Stealing:
         self._most = most
         self.policy = policy
         self._seed = 0
-        #: bytes taken
-        self.taken = 0
         if most is not None:
             self._again()
 
@@ -44,9 +43,9 @@ class Stealing:
         """Take up to so many bytes; return how many."""
         self._seed += 1
         policy = self.policy if policy is None else policy
-        taken = self._host.ram.steal(-(-size // FRAME_SIZE), policy=policy, seed=self._seed) * FRAME_SIZE
-        self.taken += taken
-        return taken
+        if not isinstance(policy, StealPolicy):
+            raise BadValue(f"steal policy {policy!r} isn't a StealPolicy: {', '.join(StealPolicy.__members__)}")
+        return self._host.ram.steal(-(-size // FRAME_SIZE), policy=policy, seed=self._seed) * FRAME_SIZE
 
     def offer(self) -> list[int]:
         """Return the bytes that could be taken, what is first taken first: unused ones, then volatile and potentially

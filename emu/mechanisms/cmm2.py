@@ -5,7 +5,8 @@ What the guest does all the time is to say something, of each page that it frees
 A page that was taken is read from the disk again when it is next used. `cmm2-light` is what was merged for s390 in
 2008: only the allocator says something, so only free memory can be taken.
 
-Settings: max (bytes of footprint above which the host takes; without it, it takes when it is told to: host.steal),
+Settings: max (bytes of footprint above which the host takes, looked at four times a guest second, between two calls of
+the guest: not a limit as swap's is; without it, the host takes when it is told to: host.steal),
 policy (which pages of a kind go first: age, round or random), dirty (page: the machine has a dirty bit a page, as
 s390 has; mapping: one a page-table entry, as x86 has), minor (yes: minor faults say nothing, and discard faults
 repair), buffers (yes: pages that were written keep private data, and so stay), scan (between two looks at accessed
@@ -72,7 +73,9 @@ class Cmm2Mechanism:
         "file": str,
     }
     chain: ClassVar[tuple[Stage, ...]] = (
-        *GUEST_CHAIN[:-1],
+        Stage.ANONYMOUS,
+        Stage.DIRTY,
+        Stage.INACTIVE,
         Stage.VOLATILE,
         Stage.DISCARDED,
         Stage.FREE,
@@ -81,8 +84,7 @@ class Cmm2Mechanism:
 
     def attach(self, guest: GuestKernel, host: Hypervisor) -> None:
         """Have the guest say what its pages are worth, and the host take what is over `max`."""
-        if not 0.1 <= self.scan <= 3600:
-            raise BadValue(f"cmm2 scan {self.scan!r} s must be from 0.1 to 3600")
+        self._check()
         if (self.memory is not None or self.file is not None) and not host.ram.has_store:
             host.ram.open_store(self.memory, file=self.file)
         host.aside.recall()  # what another mechanism was handed
@@ -90,6 +92,20 @@ class Cmm2Mechanism:
         settings = StatesSettings(self.light, self.dirty, self.minor, self.buffers)
         PageStates(guest, settings).begin()
         host.stealing = Stealing(host, self.max, self.policy)
+
+    def _check(self) -> None:
+        if not isinstance(self.scan, int | float) or not 0.1 <= self.scan <= 3600:
+            raise BadValue(f"{self.name} scan {self.scan!r} must be from 0.1 to 3600 s")
+        if not isinstance(self.policy, StealPolicy):
+            raise BadValue(
+                f"{self.name} policy {self.policy!r} isn't a StealPolicy: {', '.join(StealPolicy.__members__)}"
+            )
+        if self.dirty not in ("page", "mapping"):
+            raise BadValue(f"{self.name} dirty {self.dirty!r} isn't known: page or mapping")
+        if not isinstance(self.minor, bool) or not isinstance(self.buffers, bool):
+            raise BadValue(f"{self.name} minor {self.minor!r} and buffers {self.buffers!r} must be True or False")
+        if self.max is not None and (not isinstance(self.max, int) or self.max < 0):
+            raise BadValue(f"{self.name} max {self.max!r} must be a number of bytes, or None")
 
     def detach(self, guest: GuestKernel, host: Hypervisor) -> None:
         """All is stable again. What was taken leaves the cache."""
@@ -125,3 +141,7 @@ class Cmm2Light(Cmm2Mechanism):
 
     name: ClassVar[str] = "cmm2-light"
     light: ClassVar[bool] = True
+    parsers: ClassVar[dict[str, Callable[[str], Any]]] = {
+        key: parser for key, parser in Cmm2Mechanism.parsers.items() if key not in ("dirty", "minor", "buffers")
+    }
+    chain: ClassVar[tuple[Stage, ...]] = (*GUEST_CHAIN, Stage.HOST_OWNED)

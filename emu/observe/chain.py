@@ -96,10 +96,12 @@ SWAP_ARROWS = (
     Arrow(Stage.SWAPPED, Stage.ANONYMOUS, ("swap_in_frames",)),
 )
 
-#: what the guest says of its pages (potentially volatile is volatile here), and what the host takes by it
+#: what the guest says of its pages, and what the host takes by it (potentially volatile is volatile here, and what was
+#: active comes from inactive, too)
 STATES_ARROWS = (
     Arrow(Stage.INACTIVE, Stage.VOLATILE, ("usage_s_v", "usage_s_p")),
-    Arrow(Stage.VOLATILE, Stage.INACTIVE, ("usage_v_s", "usage_p_s"), ("usage_gone",)),
+    Arrow(Stage.VOLATILE, Stage.INACTIVE, ("usage_v_s", "usage_p_s")),
+    Arrow(Stage.VOLATILE, Stage.FREE, ("usage_v_u", "usage_p_u"), ("said_discarded",)),
     Arrow(Stage.VOLATILE, Stage.DISCARDED, ("steal_volatile", "steal_potential")),
     Arrow(Stage.VOLATILE, Stage.SWAPPED, ("steal_preserved",)),
     Arrow(Stage.FREE, Stage.HOST_OWNED, ("steal_unused",)),

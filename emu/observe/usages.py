@@ -30,16 +30,6 @@ class UsageView:
     gone: int
     refused: int
 
-    @property
-    def resident(self) -> int:
-        """Frames in memory."""
-        return sum(r for r, _, _ in self.frames.values())
-
-    @property
-    def volatile_share(self) -> float | None:
-        """Volatile frames in memory, of all in memory; None: there are none."""
-        return self.frames[Usage.VOLATILE][0] / self.resident if self.resident else None
-
     def said(self, usage: Usage) -> int:
         """Transitions to a usage."""
         return sum(n for (_, to), n in self.moved.items() if to is usage)

@@ -12,6 +12,7 @@ from emu.units import format_size, mib_text
 __all__ = ["print_counts", "print_shares"]
 
 Rows = Sequence[Mapping[str, Any]]
+_COUNTS = ("reads", "faults", "maps", "mkwrites", "frees", "fills", "transitions")
 
 
 def _table(first: str, heads: Sequence[str]) -> Table:
@@ -38,17 +39,20 @@ def _forms(works: Rows) -> dict[str, list[Mapping[str, Any]]]:
 
 def print_counts(study: Mapping[str, Any], console: Console) -> None:
     """Print what doesn't depend on a machine."""
-    table = _table("4 KiB pages", ("read", "faulted in", "freed", "read in", "transitions", "of 1,000"))
+    table = _table("4 KiB pages", ("read", "faulted", "mapped", "wrote", "freed", "filled", "said", "of 1,000"))
     for form, works in _forms(study["work"]).items():
         table.add_row(Text(form, style="bold"))
         for work in works:
-            counts = [f"{work[name]:,}" for name in ("reads", "faults", "frees", "fills", "transitions")]
-            table.add_row(f"  {work['workload']}", *counts, _per_thousand(work["transitions_per_1000"]))
+            counts = [
+                f"{work[name]:,}" for name in ("reads", "faults", "maps", "mkwrites", "frees", "fills", "transitions")
+            ]
+            table.add_row(f" {work['workload']}", *counts, _per_thousand(work["transitions_per_1000"]))
     console.print(table)
     _notes(
         [
-            "of 1,000: transitions of 1,000 operations, which are pages read from the cache, faulted in, and freed",
-            "read in: from the disk. Stepped clock, seed 1: the same on any machine",
+            "of 1,000: transitions of 1,000 operations: pages read from the cache, faulted in, written through a "
+            "shared mapping, and freed. mapped: of those faulted in, pages of files as they are in the cache; filled: "
+            "read from the disk. Stepped clock, seed 1: the same on any machine",
         ],
         console,
     )
@@ -109,21 +113,24 @@ def print_shares(study: Mapping[str, Any], console: Console) -> None:
     if not console.is_terminal:
         console.width = max(console.width, 20 + 14 * len(costs))
     console.print(table)
-    prices = study["prices"]
+    prices, ghz = study["prices"], study["ghz"]
+    cycles = "" if ghz is None else f"100 cycles at {ghz:.1f} GHz (s390's ESSA takes more), "
     _notes(
         [
             f"~: transitions x price, of what the same pages cost a native process here, in C: a fault "
-            f"{prices['fault']:,.0f} ns, freeing it {prices['free']:.0f}, reading it from the cache "
-            f"{prices['read']:.0f}, reading it in {prices['fill']:,.0f} more (the disk of TMPDIR); writing back isn't "
-            "among it",
-            "in a row, alone: measured here, eight pages a step and one; exchange: a bare one, in memory. Models: "
-            f"100 cycles at {study['ghz']:.1f} GHz (s390's ESSA takes more), hypercalls of 1 and 2 us",
+            f"{prices['fault']:,.0f} ns, mapping a cached page {prices['map']:.0f}, freeing one {prices['free']:.0f}, "
+            f"reading a cached one {prices['read']:.0f}, reading it in {prices['fill']:,.0f} more (the disk of "
+            "TMPDIR). Writes through mappings have no price",
+            "in a row, one by one: measured here, eight pages a step and one; exchange: a bare one, in memory. Models: "
+            f"{cycles}hypercalls of 1 and 2 us",
         ],
         console,
     )
 
 
-def _percent(share: float) -> str:
+def _percent(share: float | None) -> str:
+    if share is None:
+        return "-"
     value = share * 100
     if not value:
         return "0"

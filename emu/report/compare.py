@@ -72,7 +72,7 @@ def _total_cells(row: Mapping[str, Any]) -> dict[str, str]:
         "scanned": sum_of("guest_pgscan_kswapd", "guest_pgscan_direct", "aging_scanned"),
         "reports": sum_of("reports"),
         "worked": sum_of(*_WORKED),
-        "said": sum_of("usage_said"),
+        "said": f"{counters.get('usage_said', 0) - counters.get('said_other', 0):,}",
         "of native": _share(row),
         "requests": sum_of("balloon_inflate_requests", "balloon_deflate_requests"),
         "OOM kills": sum_of("guest_oom_kill"),
@@ -150,9 +150,10 @@ def print_compare(
     ]
     if prices is not None:
         foot.append(
-            f"said: transitions of page states; of native: at most, each alone at {prices['transition']:.1f} ns, of "
-            f"what the guest's reads from the cache ({prices['read']:.0f} ns a page), faults ({prices['fault']:,.0f}) "
-            f"and frees ({prices['free']:.0f}) take natively here, its disk left out (docs/cmm2-overhead.md)"
+            f"said: transitions of page states, but for those of switching them on; of native: each alone, at "
+            f"{prices['transition']:.1f} ns, of what the guest's reads from the cache ({prices['read']:.0f} ns a page)"
+            f", faults ({prices['fault']:,.0f}; of mapped files {prices['map']:.0f}), frees ({prices['free']:.0f}) and "
+            f"reading in ({prices['fill']:,.0f}, the disk with it) take natively here (docs/cmm2-overhead.md)"
         )
     foot += [f"{row['label']}: {row['error']}" for row in rows if row["error"]]
     foot += sorted({f"{row['label']}: {note}" for row in rows for note in row["notes"]})

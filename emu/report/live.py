@@ -37,7 +37,7 @@ m      the next mechanism, on the same state
 
 Map: a cell is a letter for what most of its frames are, capital when all
 are, small when it is mixed (a comma for a dot). What the host doesn't hold
-is a dot, whoever has it in the guest.
+is a dot, or says where it went: d discarded, s swapped, a aside, o balloon.
 RSS and LazyFree are the kernel's. RSS~: with more than 512 MiB of pages,
 asked where something may have changed, and in rotation elsewhere.
 books: RSS minus what our frame states say. It must be 0.
@@ -303,7 +303,7 @@ def _four(number: int, thousand: int, units: str) -> str:
     # a number in four places
     value, unit = float(number), ""
     for name in units:
-        if value < thousand - 0.5:
+        if value < 999.5:  # a thousand is a place more
             break
         value, unit = value / thousand, name
     return f"{value:.1f}{unit}" if unit and value < 9.95 else f"{value:.0f}{unit}"
@@ -355,7 +355,7 @@ def _drawn(frames: int | None, arrow: str) -> str:
     return f" {arrow}" if frames == 0 else f" {arrow}{_mib_rate(frames)}"
 
 
-def _chain(state: LiveState, s: Snapshot) -> list[Text]:
+def _chain(state: LiveState, s: Snapshot, width: int) -> list[Text]:
     # Two lines: the stages with what flows between neighbours, and the arrows between others that carry something.
     rates = state.rates()
     known = rates is not None and len(rates.flows) == len(s.flows)
@@ -363,6 +363,7 @@ def _chain(state: LiveState, s: Snapshot) -> list[Text]:
         (flow.source, flow.target): rates.flows[i] if rates is not None and known else None
         for i, flow in enumerate(s.flows)
     }
+    every = dict(flows)
     right, left = ("→", "←") if state.unicode else (">", "<")
     parts: list[tuple[str, str]] = []
     for i, stage in enumerate(s.chain):
@@ -374,8 +375,14 @@ def _chain(state: LiveState, s: Snapshot) -> list[Text]:
         parts.append((f" {_name(stage)} ", "dim"))
         parts.append((_short(s.stages[stage]), "bold"))
     others = [f"{_name(a)}{right}{_name(b)} {_mib_rate(n)}" for (a, b), n in flows.items() if n]
+    if sum(len(text) for text, _ in parts) > width:  # then the rates go below: a stage is worth more
+        parts = []
+        for i, stage in enumerate(s.chain):
+            parts.append((f" {right} " if i else " ", "yellow"))
+            parts += [(f"{_name(stage)} ", "dim"), (_short(s.stages[stage]), "bold")]
+        others = [f"{_name(a)}{right}{_name(b)} {_mib_rate(n)}" for (a, b), n in every.items() if n]
     text = "  ".join(others) if others else "nothing else flows"
-    return [_line(parts), _line([(f" {text}  (MiB/s of guest time)", "dim")])]
+    return [_line(parts), _line([(f" MiB/s: {text}", "dim")])]
 
 
 def _panels(columns: Sequence[tuple[int, Sequence[tuple[str, str]]]], lines: int) -> list[Text]:
@@ -426,7 +433,7 @@ def compose(state: LiveState, width: int, height: int) -> list[Text]:
         for (char, style), what in [] if s.page_map is None else legend(s.page_map):
             parts += [(f" {char}", style), (f" {what} ", "dim")]
         lines.append(_line(parts))
-        lines += _chain(state, s)
+        lines += _chain(state, s, width)
         panels = [(f"mechanism: {s.mechanism}", s.panel), ("by guest time", _rates(state, s))]
         if s.usages is not None:
             panels.append(("states, and said", _states(state, s)))

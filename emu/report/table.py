@@ -188,10 +188,14 @@ def _print_states(phases: list[Phase], console: Console) -> None:
     console.print()
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="bold")
     table.add_column("4 KiB pages by state", no_wrap=True, overflow="ellipsis")
-    for i, head in enumerate((*_PAIRS, "resident", "Vr / resident")):
-        table.add_column(head, justify="right", no_wrap=True, min_width=max(len(head), *(len(r[i]) for r in rows)))
+    heads = (*_PAIRS, "resident", "Vr / resident")
+    # on a narrow terminal without pairs that no page was ever in
+    shown = [i for i in range(len(heads)) if not console.is_terminal or any(row[i] != "0" for row in rows)]
+    for i in shown:
+        wide = max(len(heads[i]), *(len(r[i]) for r in rows))
+        table.add_column(heads[i], justify="right", no_wrap=True, min_width=wide)
     for phase, row in zip((p for p in phases if p.usages is not None), rows, strict=True):
-        table.add_row(phase.name, *row)
+        table.add_row(phase.name, *(row[i] for i in shown))
     console.print(table)
     legend = "guest: S stable, U unused, P potentially volatile, V volatile; host: r in memory, p stored, z nothing"
     console.print(Text(legend, style="dim"), soft_wrap=not console.is_terminal)

@@ -52,7 +52,14 @@ def _notes(machine: Machine) -> list[str]:
         notes.append(f"{machine.mechanism.name} had no limit, so nothing was asked for: it does what reporting does")
     taken = {"cmm2": "stolen", "cmm2-light": "stolen", "swap": "swapped"}.get(machine.mechanism.name)
     if taken is not None and settings_of(machine.mechanism)["max"] is None:
-        notes.append(f"{machine.mechanism.name} had no limit (max=...), so nothing was {taken} but when it was told to")
+        name = machine.mechanism.name
+        notes.append(f"{name} had no limit (max=...): nothing was {taken} but when it was told to")
+    most = settings_of(machine.mechanism)["max"] if taken == "stolen" else None
+    if most is not None and machine.ram.footprint_bytes > most:
+        notes.append(
+            f"the footprint is {format_size(machine.ram.footprint_bytes)}, above max {format_size(most)}: the host takes "
+            "only what its guest doesn't need, and looks four times a guest second, between the guest's calls"
+        )
     reporting = machine.guest.reporting
     for zone in machine.guest.zones if reporting is not None else ():
         if zone.name != "DMA" and reporting is not None and reporting.gated(zone):

@@ -65,6 +65,8 @@ def test_rows_are_measured_beside_their_references_and_compared(tmp_path):
         (["touch", "-o", "/tmp"], "is a folder"),
         (["touch", "--transition", "1us"], "is for emu bench cmm2"),
         (["cmm2", "--transition", "fast"], "transition"),
+        (["cmm2", "--transition", "300"], "needs a unit"),
+        (["cmm2", "--transition", "0ns"], "more than nothing"),
     ],
 )
 def test_bad_input_is_one_line(arguments, words):
@@ -90,4 +92,8 @@ def test_rows_open_measure_and_close(monkeypatch):
             result = run_row(row, stage, 1)
             assert result.error is None or "second core" in result.error or "can't be had" in result.error, row.name
             # what page states add is a difference of two times, which may be smaller than what disturbs them
-            assert result.error is not None or result.ours.median > 0 or row.name.startswith("cmm2-")
+            assert (
+                result.error is not None
+                or result.ours.median > 0
+                or row.name in ("cmm2-page_fault1", "cmm2-grep", "cmm2-scattered")
+            )

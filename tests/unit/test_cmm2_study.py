@@ -68,10 +68,11 @@ def test_counts_are_what_the_rules_say(counted):
 
 
 def test_a_share_is_of_the_native_work():
-    work = cmm2.Work("w", "cmm2", reads=100, faults=10, frees=5, fills=2, said={(Cause.PUT, S, V): 50})
-    prices = Prices(fault=1000, free=100, read=200, fill=3000, transition=10, in_a_row=1)
-    assert work.native(prices) == 100 * 200 + 10 * 1000 + 5 * 100 + 2 * 3000
+    work = cmm2.Work("w", "cmm2", 100, 10, 4, 5, 0, 2, said={(Cause.PUT, S, V): 50})
+    prices = Prices(fault=1000, free=100, map=30, read=200, fill=3000, transition=10, in_a_row=1)
+    assert work.native(prices) == 100 * 200 + 6 * 1000 + 4 * 30 + 5 * 100 + 2 * 3000
     assert work.share(10, prices) == 500 / work.native(prices)
-    counters = {"guest_pgaccess": 100, "guest_pgfault": 10, "guest_pgfree": 5, "guest_pgpgin": 8}
+    counters = {"guest_pgaccess": 100, "guest_pgfault": 10, "guest_filemap_map_pages": 4, "guest_pgfree": 5}
+    counters["guest_pgpgin"] = 8
     assert prices.native(counters) == work.native(prices)
     assert work.per_thousand(23) == 200
