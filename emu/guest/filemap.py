@@ -167,8 +167,8 @@ class FileMapping(Mapping):
         return pin
 
     def _hold(self, first: int, end: int, *, write: bool, own: bool) -> Iterator[Ranges]:
-        # Map pages, and take a reference to each that is the file's; of the process's own (own: they may be) nobody takes
-        # any.
+        # Map pages, and take a reference to each that is the file's. Of the process's own, if they may be (own), nobody
+        # takes any.
         while first < end:
             if self._frame[first] and not self._cached[first]:
                 if not own:

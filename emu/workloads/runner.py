@@ -57,8 +57,8 @@ def _notes(machine: Machine) -> list[str]:
     most = settings_of(machine.mechanism)["max"] if taken == "stolen" else None
     if most is not None and machine.ram.footprint_bytes > most:
         notes.append(
-            f"the footprint is {format_size(machine.ram.footprint_bytes)}, above max {format_size(most)}: the host takes "
-            "only what its guest doesn't need, and looks four times a guest second, between the guest's calls"
+            f"the footprint is {format_size(machine.ram.footprint_bytes)}, above max {format_size(most)}: the host "
+            "takes only what its guest doesn't need, and looks four times a guest second, between the guest's calls"
         )
     reporting = machine.guest.reporting
     for zone in machine.guest.zones if reporting is not None else ():
