@@ -7,6 +7,7 @@ from emu.clock import StepClock
 from emu.errors import AllocatorError
 from emu.errors import BadValue
 from emu.errors import ClosedError
+from emu.errors import DiscardFault
 from emu.errors import EmuError
 from emu.errors import ForkedError
 from emu.errors import GuestError
@@ -22,7 +23,11 @@ from emu.guest.buddy import Buddy
 from emu.guest.buddy import MigrateType
 from emu.machine import Machine
 from emu.observe.snapshot import Snapshot
+from emu.frames import Cause
 from emu.frames import FrameState
+from emu.frames import Said
+from emu.frames import StealPolicy
+from emu.frames import Usage
 from emu.ram import GuestRam
 from emu.ram import Histogram
 
@@ -32,8 +37,10 @@ __all__ = [
     "AllocatorError",
     "BadValue",
     "Buddy",
+    "Cause",
     "Clock",
     "ClosedError",
+    "DiscardFault",
     "EmuError",
     "ForkedError",
     "FrameState",
@@ -48,11 +55,14 @@ __all__ = [
     "OomKilled",
     "OutOfMemory",
     "RangeError",
+    "Said",
     "ScaledClock",
     "ServiceDeadError",
     "Snapshot",
+    "StealPolicy",
     "StepClock",
     "UffdError",
+    "Usage",
     "__version__",
     "uffd",
 ]

@@ -6,13 +6,13 @@ calls volatile what it needs, harms itself alone. Prints:
 
     taken: 30 unused, 20 volatile, 0 of the 50 that are needed
     frame 30 is read: guest frame 0x1e: the host has taken it while its owner could make it anew: make it anew
-    frames 31 to 49, made stable: 19 of 19 were gone, and read as zeros now
+    frames 31 to 49, made stable: 19 of 19 were gone, and are told at each use until they are given up
+    given up, they read as zeros: 19 of 19
     the neighbour's 100 frames: 0 wrong
 """
 
 import emu
-from emu.errors import DiscardFault
-from emu.frames import Usage
+from emu import DiscardFault, Usage
 
 PAGE = 4096
 
@@ -36,10 +36,17 @@ def main() -> None:
         except DiscardFault as fault:
             print(f"frame {fault.gfn} is read: {fault}")
         _, gone = ram.say([(31, 19)], Usage.STABLE)
+        told = 0
+        for gfn in gone:
+            try:
+                ram.read(gfn * PAGE, 1)
+            except DiscardFault:
+                told += 1
+        says = "and are told at each use until they are given up" if told == 19 else "?"
+        print(f"frames 31 to 49, made stable: {len(gone)} of 19 were gone, {says}")
+        ram.say([(31, 19)], Usage.UNUSED)
         zeros = sum(ram.read(gfn * PAGE, PAGE) == bytes(PAGE) for gfn in gone)
-        print(
-            f"frames 31 to 49, made stable: {len(gone)} of 19 were gone, and read as zeros now" if zeros == 19 else "?"
-        )
+        print(f"given up, they read as zeros: {zeros} of 19")
         ram.say([(50, 50)], Usage.VOLATILE)  # a lie
         ram.steal(ram.frames)
         print(f"the neighbour's 100 frames: {len(neighbour.verify(0, 100, seed=1))} wrong")

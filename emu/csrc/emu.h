@@ -493,7 +493,7 @@ struct emu_space {
 	uint64_t nr_slots;
 	size_t len; /* of the slots' mapping; 0: malloc'ed */
 	int64_t nr_pages, nr_dirty, nr_writeback, nr_shadows;
-	int mlocked; /* some page of it was, once: all stay stable (page_states.c) */
+	int mlocked; /* some page of it was, once: none is called volatile from then on (page_states.c) */
 };
 int emu_space_create(struct emu_memmap *m, uint64_t pages, struct emu_space **ret);
 int emu_space_resize(struct emu_memmap *m, struct emu_space *s, uint64_t pages); /* -EBUSY: pages are there beyond it */

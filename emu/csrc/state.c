@@ -15,6 +15,7 @@
  *                                ASIDE ---> BUSY ---> PRESERVED ---> BUSY ---> RESIDENT       swap_out; a touch
  *                                ASIDE ---> BUSY ---> ZERO | DISCARDED                        drop; evict
  *                                PRESERVED, DISCARDED ---> BUSY ---> ZERO                     discard
+ *                                anything in memory, ZERO, PRESERVED ---> BUSY ---> DISCARDED volatile: stolen; said of nothing
  *
  * Rules of BUSY:
  *  - it is short (one batch of reclaim.c, one ioctl of fault.c) and its holder never touches a guest frame: the
