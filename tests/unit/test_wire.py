@@ -114,12 +114,12 @@ def test_what_is_refused_and_as_what():
     assert refused(frame(b"[1]")) == "malformed"
     assert refused(frame(b"{]")) == "malformed"
     assert refused(frame(b"[" * 100_000)) == "malformed"
-    assert refused(frame(b'{"v":2,"n":1,"type":"go"}')) == "version"
+    assert refused(frame(b'{"v":1,"n":1,"type":"go"}')) == "version"
     assert refused(frame(b'{"v":true,"n":1,"type":"go"}')) == "version"
-    assert refused(frame(b'{"v":1,"n":true,"type":"go"}')) == "replayed"
-    assert refused(frame(b'{"v":1,"n":1,"type":"go","more":1}')) == "invalid"
-    assert refused(frame(b'{"v":1,"n":1,"type":"answer","ask":"1","freed":0}')) == "invalid"
-    assert refused(frame(b'{"v":1,"n":1,"type":"answer","ask":1,"freed":-1}')) == "invalid"
-    assert refused(frame(b'{"v":1,"n":1,"type":"row","name":"x","t":NaN}')) == "invalid"
+    assert refused(frame(b'{"v":2,"n":true,"type":"go"}')) == "replayed"
+    assert refused(frame(b'{"v":2,"n":1,"type":"go","more":1}')) == "invalid"
+    assert refused(frame(b'{"v":2,"n":1,"type":"answer","ask":"1","freed":0}')) == "invalid"
+    assert refused(frame(b'{"v":2,"n":1,"type":"answer","ask":1,"freed":-1}')) == "invalid"
+    assert refused(frame(b'{"v":2,"n":1,"type":"row","name":"x","t":NaN}')) == "invalid"
     with pytest.raises(Bad):
         encode(Done(verified=0, corrupt=0, result={"x": "y" * MAX_FRAME}, error=None), 1)
