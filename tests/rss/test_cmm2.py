@@ -50,6 +50,8 @@ def by_usage(m):
 @pytest.mark.parametrize("service", ["inline", "thread"])
 def test_a_paused_guest_is_stolen_from(tree, policy, service):
     """RSS falls by what was asked for; nothing of the guest runs, and its own view doesn't change."""
+    if service == "thread" and "poison" in disabled():
+        pytest.skip("a page that is gone can't be told from zeros here")
     folder, content = tree
     with machine("cmm2", folder, service=service) as m:
         read_all(m, content)
