@@ -234,14 +234,23 @@ void emu_fault_unmark(struct emu_region *r, uint64_t gfn)
 
 /*
  * What a DISCARDED frame held isn't missed: it is about to be wholly overwritten, or its guest has been told (usage.c).  It
- * becomes ZERO, and of that usage; false if it wasn't DISCARDED, or can't.
+ * becomes ZERO, and of that usage; false if it isn't DISCARDED, or can't.  While it is BUSY nobody knows: the service may be
+ * putting its marker back, for a fault that it heard of late.
  */
 bool emu_fault_forget(struct emu_region *r, uint64_t gfn, uint8_t usage)
 {
 	int err = 0;
 
-	if (emu_state_load(r, gfn) != EMU_DISCARDED || !emu_state_try(r, gfn, EMU_DISCARDED, EMU_BUSY))
-		return false;
+	for (;;) {
+		const uint8_t state = emu_state_load(r, gfn);
+
+		if (state == EMU_BUSY)
+			emu_state_wait(r, gfn);
+		else if (state != EMU_DISCARDED)
+			return false;
+		else if (emu_state_try(r, gfn, EMU_DISCARDED, EMU_BUSY))
+			break;
+	}
 	if (r->service != EMU_SERVICE_INLINE) /* there is a marker */
 		err = madvise(emu_frame(r, gfn), EMU_FRAME_SIZE, MADV_DONTNEED) || emu_find(r, gfn, 1);
 	emu_state_publish_as(r, gfn, err ? EMU_DISCARDED : EMU_ZERO, usage);

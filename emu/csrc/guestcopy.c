@@ -34,7 +34,7 @@ static void copy(struct copy *c)
 		uint8_t state = emu_state_load(r, gfn);
 		int changed;
 
-		if (state == EMU_DISCARDED && c->write && n == EMU_FRAME_SIZE) {
+		if ((state == EMU_DISCARDED || state == EMU_BUSY) && c->write && n == EMU_FRAME_SIZE) {
 			emu_fault_forget(r, gfn, EMU_STABLE);
 			state = emu_state_load(r, gfn);
 		}

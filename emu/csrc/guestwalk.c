@@ -112,7 +112,7 @@ static int walk_frame(struct emu_walk *w, uint64_t gfn, uint64_t key)
 
 	if (w->op == EMU_TOUCH_WRITE || w->op == EMU_TOUCH_READ)
 		return touch_frame(&w->guard, r, gfn, write, was);
-	if (write && was == EMU_DISCARDED) { /* wholly overwritten */
+	if (write && (was == EMU_DISCARDED || was == EMU_BUSY)) { /* wholly overwritten */
 		emu_fault_forget(r, gfn, EMU_STABLE);
 		was = emu_state_load(r, gfn);
 	}
