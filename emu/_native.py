@@ -377,15 +377,14 @@ class Region:
         return bytes(buffer)
 
     def scan(self) -> list[int]:
-        ages = ffi.new("uint64_t[256]")
-        err = self._call(lib.emu_access_scan, ages)
-        if err:
-            raise self._failed(err, None)
-        return list(ages)
+        return self._by_age(lib.emu_access_scan)
 
     def ages(self, usages: int) -> list[int]:
+        return self._by_age(lib.emu_access_ages, usages)
+
+    def _by_age(self, call: Any, *args: int) -> list[int]:
         ages = ffi.new("uint64_t[256]")
-        err = self._call(lib.emu_access_ages, usages, ages)
+        err = self._call(call, *args, ages)
         if err:
             raise self._failed(err, None)
         return list(ages)

@@ -173,8 +173,8 @@ class _MappedWrites:
     # dirty bit differ by.
     name: ClassVar[str] = "mapped writes"
 
-    def __init__(self, tree: Path, rounds: int = 3) -> None:
-        self._tree, self._rounds = tree, rounds
+    def __init__(self, rounds: int = 3) -> None:
+        self._rounds = rounds
         self.verified_frames = self.corrupt_frames = 0
 
     def steps(self, machine: Machine) -> Iterator[Step]:
@@ -208,7 +208,7 @@ def _parts(tree: Path) -> Iterator[tuple[Workload, tuple[str, ...]]]:
     yield Grep(tree, passes=2, hold=0), ("grep", "grep, cached")
     yield Build(tree, 30, "8MiB", program="8MiB", hold=0, seed=1), ("build",)
     yield Memhog("96MiB", rounds=2, hold=0), ("memhog",)
-    yield _MappedWrites(tree), ("mapped writes",)
+    yield _MappedWrites(), ("mapped writes",)
 
 
 def count(tree: Path, form: str) -> list[Work]:
@@ -250,9 +250,6 @@ class Reclaimed:
     said: int
     back: int
     read_again: int
-
-
-_BACK = ("return_taken", "steal_unused", "steal_volatile", "steal_potential", "steal_preserved")
 
 
 def measure_reclaim(tree: Path, mechanism: str) -> Reclaimed:

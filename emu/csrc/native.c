@@ -8,21 +8,12 @@
  * that nothing of the caller's language is in them.
  */
 #define _GNU_SOURCE
-#include "emu.h"
+#include "core.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
-
-static uint64_t now(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
 
 /* Write to each of `pages` new pages, then unmap them. The ns of either, of all pages. */
 int emu_native_fault(uint64_t pages, uint64_t *fault_ns, uint64_t *free_ns)
@@ -34,12 +25,12 @@ int emu_native_fault(uint64_t pages, uint64_t *fault_ns, uint64_t *free_ns)
 	if (p == MAP_FAILED)
 		return -errno;
 	madvise((void *)(uintptr_t)p, len, MADV_NOHUGEPAGE);
-	t0 = now();
+	t0 = emu_now_ns();
 	for (uint64_t i = 0; i < pages; i++)
 		p[i << EMU_FRAME_SHIFT] = 1;
-	t1 = now();
+	t1 = emu_now_ns();
 	munmap((void *)(uintptr_t)p, len);
-	*free_ns = now() - t1;
+	*free_ns = emu_now_ns() - t1;
 	*fault_ns = t1 - t0;
 	return 0;
 }
@@ -48,14 +39,14 @@ int emu_native_fault(uint64_t pages, uint64_t *fault_ns, uint64_t *free_ns)
 int emu_native_map(int fd, uint64_t pages, uint64_t *ns)
 {
 	const size_t len = pages << EMU_FRAME_SHIFT;
-	const uint64_t t0 = now();
+	const uint64_t t0 = emu_now_ns();
 	const volatile uint8_t *p = mmap(NULL, len, PROT_READ, MAP_PRIVATE, fd, 0);
 
 	if (p == MAP_FAILED)
 		return -errno;
 	for (uint64_t i = 0; i < pages; i++)
 		(void)p[i << EMU_FRAME_SHIFT];
-	*ns = now() - t0;
+	*ns = emu_now_ns() - t0;
 	munmap((void *)(uintptr_t)p, len);
 	return 0;
 }
@@ -67,7 +58,7 @@ int emu_native_read(int fd, uint64_t bytes, size_t chunk, uint64_t *ns)
 	uint64_t t0;
 	int err = buffer ? 0 : -ENOMEM;
 
-	t0 = now();
+	t0 = emu_now_ns();
 	for (uint64_t at = 0; at < bytes && !err;) {
 		const size_t want = bytes - at < chunk ? bytes - at : chunk;
 		const ssize_t n = pread(fd, buffer, want, (off_t)at);
@@ -77,7 +68,7 @@ int emu_native_read(int fd, uint64_t bytes, size_t chunk, uint64_t *ns)
 		else
 			at += (uint64_t)n;
 	}
-	*ns = now() - t0;
+	*ns = emu_now_ns() - t0;
 	free(buffer);
 	return err;
 }

@@ -30,6 +30,7 @@ from typing import Any, Literal
 from emu.errors import EmuError
 from emu.fleet.wire import Answer, Ask, Bad, Done, Frames, Go, Hello, Message, Row, Status, Stop, encode
 from emu.gate import Gate
+from emu.host.stealing import KINDS
 from emu.machine import Machine
 from emu.mechanisms import Mechanism, make_mechanism
 from emu.mechanisms.swap import SwapMechanism
@@ -42,7 +43,6 @@ __all__ = ["main"]
 
 _STATUS = 0.1  # seconds
 _OFFER = 0.5  # seconds between two looks at what could be stolen
-_STOLEN = ("unused", "volatile", "potential", "preserved")
 _SCAN = 5.0  # guest seconds between two looks at accessed bits
 #: what the process runs, with the host's pid and the guest's name as arguments
 START = """
@@ -177,7 +177,7 @@ class GuestProcess:
             throttled=stats["gate_throttled"],
             swap_out=stats["swap_out_frames"] * FRAME_SIZE,
             swap_in=stats["swap_in_frames"] * FRAME_SIZE,
-            stolen=sum(stats[f"steal_{kind}"] for kind in _STOLEN) * FRAME_SIZE,
+            stolen=sum(stats[f"steal_{kind}"] for kind in KINDS) * FRAME_SIZE,
             stealable=self._offered(),
         )
 

@@ -13,10 +13,13 @@ from emu.ram import GuestRam
 from emu.timers import Timers
 from emu.units import FRAME_SIZE
 
-__all__ = ["IDLE_CLASSES", "Stealing"]
+__all__ = ["IDLE_CLASSES", "KINDS", "Stealing"]
 
 #: guest seconds: memory of a class has been idle for at least so long, and less than the class before it
 IDLE_CLASSES = (256, 128, 64, 32, 16, 8, 4, 0)
+
+#: what a steal takes, as the core counts it: steal_KIND
+KINDS = ("unused", "volatile", "potential", "preserved")
 
 _PERIOD = 0.25  # guest seconds
 

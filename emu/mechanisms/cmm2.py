@@ -23,15 +23,13 @@ from emu.frames import StealPolicy
 from emu.guest.kernel import GuestKernel
 from emu.guest.page_states import PageStates, StatesSettings
 from emu.host.hypervisor import Hypervisor
-from emu.host.stealing import Stealing
+from emu.host.stealing import KINDS, Stealing
 from emu.mechanisms.reporting import parse_yes
 from emu.observe.chain import GUEST_ARROWS, GUEST_CHAIN, STATES_ARROWS, Arrow
 from emu.observe.pagemap import Stage
 from emu.units import FRAME_SIZE, format_size, parse_duration, parse_size
 
 __all__ = ["Cmm2Light", "Cmm2Mechanism"]
-
-_KINDS = ("unused", "volatile", "potential", "preserved")
 
 
 def _policy(text: str) -> StealPolicy:
@@ -121,7 +119,7 @@ class Cmm2Mechanism:
         if guest.page_states is None:
             return [("states", "none")]
         stats, said = host.ram.stats(), host.ram.transitions()
-        took = {kind: format_size(stats[f"steal_{kind}"] * FRAME_SIZE) for kind in _KINDS}
+        took = {kind: format_size(stats[f"steal_{kind}"] * FRAME_SIZE) for kind in KINDS}
         return [
             ("max, by", f"{'-' if self.max is None else format_size(self.max)}, {self.policy.name.lower()}"),
             ("stolen U", took["unused"]),
